@@ -1,0 +1,46 @@
+"""The only reader of os.environ, one function per variable.
+
+| variable            | meaning                                                        | default             |
+|---------------------|----------------------------------------------------------------|---------------------|
+| HALFBYTE_CACHE      | folder for the starter model and converted files               | ~/.cache/halfbyte   |
+| HALFBYTE_KERNELS    | which kernels serve: auto, reference, cpu, triton              | auto                |
+| HALFBYTE_FAULTS     | fault points for crash tests, e.g. ckpt.after_fsync:kill:3     | none                |
+| RANK, WORLD_SIZE, LOCAL_RANK | set by torchrun                                       | 0, 1, 0             |
+| NO_COLOR            | any value switches colours off                                 | unset               |
+"""
+
+import os
+from pathlib import Path
+
+KERNEL_CHOICES = ("auto", "reference", "cpu", "triton")
+
+
+def cache_dir() -> Path:
+    """Folder for files that can be made again."""
+    named = os.environ.get("HALFBYTE_CACHE")
+    return Path(named) if named else Path.home() / ".cache" / "halfbyte"
+
+
+def kernels() -> str:
+    """The forced kind of kernel, or "auto"; an unknown word is returned as it is, for the kernel listing to refuse."""
+    return os.environ.get("HALFBYTE_KERNELS", "auto")
+
+
+def faults() -> str:
+    """Fault points switched on by a crash test; empty in every normal run."""
+    return os.environ.get("HALFBYTE_FAULTS", "")
+
+
+def rank() -> int:
+    """This process's number among all processes of the run."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes of the run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def no_color() -> bool:
+    """True when the user asked for plain text."""
+    return bool(os.environ.get("NO_COLOR"))

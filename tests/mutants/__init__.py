@@ -1,0 +1,1 @@
+"""Deliberate bugs, by unit; see run.py."""
