@@ -1,0 +1,1 @@
+"""Measurements that back what the documents claim; each script writes one file under results/."""

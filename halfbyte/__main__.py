@@ -1,0 +1,5 @@
+"""`python -m halfbyte` is the command line."""
+
+from halfbyte.cli.main import main
+
+main()
