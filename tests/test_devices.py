@@ -1,0 +1,48 @@
+"""What the machine has: figures that must agree with a second way of asking."""
+
+import os
+import subprocess
+import sys
+
+import psutil
+import torch
+
+from halfbyte import devices
+
+
+def test_describe_names_this_machine() -> None:
+    machine = devices.describe()
+    assert machine.cores == os.cpu_count()
+    assert 1 <= machine.usable_cores <= machine.cores
+    assert 0 < machine.available_bytes <= machine.memory_bytes <= psutil.virtual_memory().total
+    assert machine.torch_threads == torch.get_num_threads()
+    assert (len(machine.gpus) > 0) == torch.cuda.is_available()
+    assert set(machine.as_dict()) >= {"cpu", "isa", "gpus", "dtypes"}
+
+
+def test_memory_figures_follow_an_allocation() -> None:
+    before_anon, before_rss = devices.rss_anon_bytes(), devices.rss_bytes()
+    block = torch.ones(64 * 2**20, dtype=torch.uint8)
+    assert devices.rss_anon_bytes() - before_anon > 60 * 2**20
+    assert devices.rss_bytes() - before_rss > 60 * 2**20
+    assert devices.peak_rss_bytes() >= before_rss + 60 * 2**20
+    del block
+
+
+def test_threads_are_set_and_never_zero() -> None:
+    before = torch.get_num_threads()
+    devices.set_threads(0)
+    assert torch.get_num_threads() == 1
+    devices.set_threads(before)
+
+
+def test_versions_are_those_installed() -> None:
+    found = devices.versions()
+    assert found["torch"] == torch.__version__
+    assert found["python"] == sys.version.split()[0]
+    assert "a-package-that-is-not-there" not in found
+
+
+def test_memory_figures_need_no_torch() -> None:
+    code = "import sys; from halfbyte import devices; devices.rss_anon_bytes(); devices.peak_rss_bytes(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
