@@ -32,8 +32,10 @@ class Progress:
     cursor                the data cursor, as `Batches.state_dict()` gives it: the next window to train on
     best_metric           best evaluation so far (None before the first), best_step the step it was measured at
     evals_without_gain    evaluations since the best one (early stopping)
+    evaluated_step        step of the last evaluation (-1 before the first): a run that stopped inside one does it again
     loss_ema              smoothed training loss (None before the first step)
     skipped_steps, bad_in_a_row, rollbacks   NaN counters: windows skipped in all, in a row, and returns to a checkpoint
+    bad_steps             numbers of the steps whose windows are left out after a return to a checkpoint
     micro_batch_size      the size in use, smaller than configured after an out-of-memory (0: as configured)
     metrics_offset        bytes of metrics.jsonl written by the steps done; a resume cuts the file to this length
     """
@@ -44,10 +46,12 @@ class Progress:
     best_metric: float | None = None
     best_step: int | None = None
     evals_without_gain: int = 0
+    evaluated_step: int = -1
     loss_ema: float | None = None
     skipped_steps: int = 0
     bad_in_a_row: int = 0
     rollbacks: int = 0
+    bad_steps: list[int] = field(default_factory=list)
     micro_batch_size: int = 0
     metrics_offset: int = 0
 
@@ -144,7 +148,16 @@ def capture_rng() -> dict[str, Tensor]:
 
 
 def restore_rng(saved: Mapping[str, Tensor]) -> None:
-    """Put the generators back as `capture_rng` found them.  CUDA states of devices this machine lacks are left out."""
+    """Put the generators back as `capture_rng` found them.  CUDA states of devices this machine lacks are left out.
+
+    Raises CheckpointError when a generator is missing.
+    """
+    missing = {"python", "python_gauss", "numpy", "numpy_gauss", "torch"} - set(saved)
+    if missing:
+        raise CheckpointError(
+            "a checkpoint holds every random generator", code="E-CKPT-013", found=f"missing: {sorted(missing)}",
+            remedy="resume with the version of Halfbyte that wrote it",
+        )
     version, *words = saved["python"].tolist()
     gauss = saved["python_gauss"].tolist()
     random.setstate((version, tuple(words), gauss[0] if gauss else None))
