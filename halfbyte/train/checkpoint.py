@@ -13,38 +13,27 @@ A save builds `.tmp-...` beside its target, syncs every file, the manifest last,
 everything back.  A crash at any point leaves the old checkpoints as they were and at most a `.tmp-`, `.old-` or `.del-` folder, which
 `rotation.clean` finishes at the next start.  A reader holds a shared flock on the checkpoint's folder.
 
-Not here: which checkpoints to keep (rotation.py), what to do when a save fails (saver.py).
-Sources: Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014; https://lwn.net/Articles/752063/ on failed fsyncs.
+Not here: the files of one checkpoint (manifest.py), which to keep (rotation.py), what to do when a save fails (saver.py).
+Sources: Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014,
+https://www.usenix.org/conference/osdi14/technical-sessions/presentation/pillai; https://lwn.net/Articles/752063/ on failed fsyncs.
 """
 
-import fcntl
-import hashlib
-import importlib.metadata
-import json
+import errno
 import os
-import re
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
 
-from halfbyte.errors import CheckpointError, NumericError, StorageError
+from halfbyte import log
+from halfbyte.errors import CheckpointError, NumericError
 from halfbyte.train import durable_files as durable
-from halfbyte.train.state import Progress, TrainState
+from halfbyte.train import manifest
+from halfbyte.train.manifest import ASIDE, STEP_NAME, storage_error
+from halfbyte.train.state import TrainState
 
-VERSION = 1
-PART_BYTES = 64 << 20
-STAGING, ASIDE, DOOMED = ".tmp-", ".old-", ".del-"
-TENSOR_GROUPS = ("trainables", "optimizer", "rng")
-_STEP_NAME = re.compile(r"step-(\d{6,})")
-_FILE_NAME = re.compile(r"[a-z0-9-]+\.(safetensors|json)")
+STAGING, DOOMED = ".tmp-", ".del-"
 
 
 @dataclass(frozen=True)
@@ -106,7 +95,7 @@ def save(folder: Path, state: TrainState, *, verify: bool = True) -> Path:
             durable.sync_folder(folder.parent)
         durable.require_space(folder, state_bytes(state))
         durable.make_folder(staging)
-        _write_all(staging, state)
+        manifest.write(staging, state)
         _promote(staging, target)
         if verify:
             _verify(target)
@@ -114,23 +103,27 @@ def save(folder: Path, state: TrainState, *, verify: bool = True) -> Path:
     except OSError as error:
         raise storage_error(error, target) from error
     finally:
-        if staging.is_dir():
-            durable.remove(staging)
+        _sweep(staging)
     return target
 
 
 def scan(folder: Path) -> Scan:
-    """Check every checkpoint in `folder` byte by byte.  Raises StorageError when the folder itself may not be read."""
+    """Check every checkpoint in `folder` byte by byte.  Raises StorageError when something may not be read at all."""
     valid: list[Found] = []
     skipped: list[Skipped] = []
     for path in _candidates(folder):
         try:
-            manifest = _check(path)
+            found = manifest.check(path)
         except CheckpointError as error:
             skipped.append(Skipped(path, error.found))
         else:
-            valid.append(Found(manifest["step"], path, manifest["identity"], manifest["written_by"]))
+            valid.append(Found(found.step, path, found.identity, found.written_by))
     return Scan(valid, skipped)
+
+
+def load(path: Path) -> TrainState:
+    """Read one checkpoint; every byte that is used was hashed first.  Raises CheckpointError with the reason as its `found`."""
+    return manifest.read(path)
 
 
 def load_newest(folder: Path) -> Loaded:
@@ -144,34 +137,7 @@ def load_newest(folder: Path) -> Loaded:
             return Loaded(load(path), path, notes)
         except CheckpointError as error:
             notes.append(f"{path.name} was skipped: {error.found}")
-    if notes:
-        raise CheckpointError("a run can only go on from a checkpoint that is whole", code="E-CKPT-001", place=str(folder), found="\n".join(notes),
-                              remedy="restore one of these from a backup, or start a new run", nothing_done="Nothing was trained.")
-    foreign = sorted(path.name for path in folder.parent.glob("checkpoint-*") if (path / "trainer_state.json").exists())
-    if foreign:
-        raise CheckpointError(
-            "a checkpoint of transformers' Trainer cannot be resumed here", code="E-CKPT-005", place=str(folder.parent), found=", ".join(foreign),
-            remedy="export its adapter with PEFT's save_pretrained and start a new run from it, or go on with the program that wrote it",
-            nothing_done="Nothing was trained.")
-    raise CheckpointError("there is no checkpoint to go on from", code="E-CKPT-004", place=str(folder), found="no step-... folder",
-                          remedy="start the run without resume", nothing_done="Nothing was trained.")
-
-
-def load(path: Path) -> TrainState:
-    """Read one checkpoint; every byte that is used was hashed first.  Raises CheckpointError with the reason as its `found`."""
-    with reading(path):
-        manifest, contents = _read(path)
-        tensors: dict[str, dict[str, Tensor]] = {group: {} for group in TENSOR_GROUPS}
-        for name, content in contents.items():
-            if name != "state.json":
-                group = name.removesuffix(".safetensors").partition("-")[0]
-                tensors[group] |= _tensors(path, name, content)
-        values = json.loads(contents["state.json"])
-        try:
-            progress = Progress.from_json(values)
-        except CheckpointError as error:
-            raise unusable(path, f"state.json: {error.found}") from error
-        return TrainState(progress=progress, identity=manifest["identity"], **tensors)
+    raise _none_valid(folder, notes)
 
 
 def require_finite(state: TrainState) -> None:
@@ -193,80 +159,31 @@ def state_bytes(state: TrainState) -> int:
     return sum(tensor.numel() * tensor.element_size() + 256 + len(name) for group in groups for name, tensor in group.items()) + (64 << 10)
 
 
-def storage_error(error: OSError, place: Path) -> StorageError:
-    """The OSError of a failed save as a StorageError; the caller raises it from the OSError."""
-    return StorageError(
-        "a checkpoint must reach the disk", code="E-STORE-001", place=str(place), found=f"{error.strerror or error} ({error.filename or 'no file named'})",
-        remedy="free space, restore access to the folder, or choose another --out; the checkpoints already there are untouched",
+def _none_valid(folder: Path, notes: list[str]) -> CheckpointError:
+    """The error for a folder without a usable checkpoint, by what it holds instead."""
+    nothing = "Nothing was trained."
+    if notes:
+        return CheckpointError(
+            "a run can only go on from a checkpoint that is whole", code="E-CKPT-001", place=str(folder), found="\n".join(notes),
+            remedy="restore one of these from a backup, or start a new run", nothing_done=nothing,
+        )
+    foreign = sorted(path.name for path in folder.parent.glob("checkpoint-*") if (path / "trainer_state.json").exists())
+    if foreign:
+        return CheckpointError(
+            "a checkpoint of transformers' Trainer cannot be resumed here", code="E-CKPT-005", place=str(folder.parent),
+            found=", ".join(foreign), remedy="go on with the program that wrote it, or start a new run", nothing_done=nothing,
+        )
+    return CheckpointError(
+        "there is no checkpoint to go on from", code="E-CKPT-004", place=str(folder), found="no step-... folder",
+        remedy="start the run without resume", nothing_done=nothing,
     )
-
-
-def unusable(path: Path, reason: str) -> CheckpointError:
-    """A checkpoint that may not be used, with the reason as its `found`."""
-    return CheckpointError("a checkpoint must be whole", code="E-CKPT-010", place=str(path), found=reason,
-                           remedy="remove it or restore it from a backup; the newest whole one is used")
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Hold a shared lock on a checkpoint's folder, so that rotation leaves it alone."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise unusable(path, f"it is not a folder: {error.strerror}") from error
-    except PermissionError as error:
-        raise storage_error(error, path) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _parts(group: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, bytes]]:
-    """(file name, content) of the safetensors files of one group, each about PART_BYTES, so that memory stays bounded."""
-    part: dict[str, Tensor] = {}
-    size, number = 0, 1
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().to("cpu", copy=True).contiguous()
-        if part and size + tensor.nbytes > PART_BYTES:
-            yield _part_name(group, number), safetensors.torch.save(part)
-            part, size, number = {}, 0, number + 1
-        part[name] = tensor
-        size += tensor.nbytes
-    yield _part_name(group, number), safetensors.torch.save(part)
-
-
-def _part_name(group: str, number: int) -> str:
-    return f"{group}.safetensors" if number == 1 else f"{group}-{number}.safetensors"
-
-
-def _write_all(staging: Path, state: TrainState) -> None:
-    """Every file of a checkpoint, the manifest last, all durable."""
-    files: dict[str, dict[str, object]] = {}
-
-    def add(name: str, content: bytes) -> None:
-        files[name] = {"bytes": len(content), "sha256": durable.create(staging / name, content)}
-
-    for group in TENSOR_GROUPS:
-        for name, content in _parts(group, getattr(state, group)):
-            add(name, content)
-    add("state.json", _canonical(state.progress.to_json()))
-    manifest = {
-        "format": "halfbyte-checkpoint", "version": VERSION, "step": state.progress.step, "tokens_seen": state.progress.tokens_seen,
-        "files": files, "identity": state.identity, "rng": sorted(state.rng),
-        "written_by": f"halfbyte {importlib.metadata.version('halfbyte')}, torch {torch.__version__}",
-        "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    durable.create(staging / "MANIFEST.json", _canonical(manifest | {"manifest_sha256": _sha256(_canonical(manifest))}))
-    durable.sync_folder(staging)
 
 
 def _promote(staging: Path, target: Path) -> None:
     """Give the staging folder its name.  A checkpoint of the same step is moved aside first and removed after."""
     aside = target.parent / f"{ASIDE}{target.name}-{secrets.token_hex(4)}"
     if target.is_symlink() or target.is_file():
-        raise FileExistsError(17, "a file or link stands where the checkpoint belongs", str(target))
+        raise FileExistsError(errno.EEXIST, "a file or link stands where the checkpoint belongs", str(target))
     replaces = target.is_dir()
     if replaces:
         durable.rename(target, aside)
@@ -283,10 +200,10 @@ def _promote(staging: Path, target: Path) -> None:
 def _verify(target: Path) -> None:
     """Read everything back.  A checkpoint that does not read as written is taken out of sight and reported as an I/O error."""
     try:
-        _check(target)
+        manifest.check(target)
     except CheckpointError as error:
         durable.rename(target, target.parent / f"{DOOMED}{target.name}-{secrets.token_hex(4)}")
-        raise OSError(5, f"what was written does not read back: {error.found}", str(target)) from error
+        raise OSError(errno.EIO, f"what was written does not read back: {error.found}", str(target)) from error
 
 
 def _point_to(target: Path) -> None:
@@ -296,8 +213,16 @@ def _point_to(target: Path) -> None:
         durable.create(new, f"{target.name}\n".encode())
         durable.rename(new, target.parent / "LATEST")
     finally:
-        if new.exists():
-            durable.remove(new)
+        _sweep(new)
+
+
+def _sweep(leftover: Path) -> None:
+    """Remove what a failed save leaves.  Where even that fails the save's own error is the one to show; the next start tries again."""
+    try:
+        if leftover.exists():
+            durable.remove(leftover)
+    except OSError as error:
+        log.logger().warning("%s was left behind (%s); the next start removes it", leftover.name, error.strerror)
 
 
 def _candidates(folder: Path) -> list[Path]:
@@ -311,78 +236,7 @@ def _candidates(folder: Path) -> list[Path]:
     rated = []
     for name in names:
         shown = name.removeprefix(ASIDE)
-        match = _STEP_NAME.match(shown) if shown != name else _STEP_NAME.fullmatch(name)
+        match = STEP_NAME.match(shown) if shown != name else STEP_NAME.fullmatch(name)
         if match:
             rated.append((int(match[1]), shown == name, name))
     return [folder / name for _, _, name in sorted(rated, reverse=True)]
-
-
-def _check(path: Path) -> dict:
-    """The manifest of a checkpoint whose files all agree with it.  Raises CheckpointError with the reason as its `found`."""
-    with reading(path):
-        return _read(path, keep=False)[0]
-
-
-def _read(path: Path, keep: bool = True) -> tuple[dict, dict[str, bytes]]:
-    """Manifest and, with `keep`, the contents of all files, after every size and hash agreed."""
-    manifest = _manifest(path)
-    contents = {}
-    for name, entry in manifest["files"].items():
-        content = _bytes(path, name)
-        if len(content) != entry["bytes"]:
-            raise unusable(path, f"{name} has {len(content):,} bytes, its manifest says {entry['bytes']:,}")
-        if _sha256(content) != entry["sha256"]:
-            raise unusable(path, f"{name} does not have the sha256 of its manifest: its bytes were changed")
-        if keep:
-            contents[name] = content
-    return manifest, contents
-
-
-def _manifest(path: Path) -> dict:
-    """MANIFEST.json, checked against its own hash, this program's version and the folder's name."""
-    content = _bytes(path, "MANIFEST.json")
-    try:
-        manifest = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise unusable(path, f"MANIFEST.json is not JSON: {error}") from error
-    if not isinstance(manifest, dict) or _canonical(manifest) != content:
-        raise unusable(path, "MANIFEST.json was changed: it is not in the form this program writes")
-    claimed = manifest.pop("manifest_sha256", None)
-    if claimed != _sha256(_canonical(manifest)):
-        raise unusable(path, "MANIFEST.json does not have its own sha256: its bytes were changed")
-    if manifest.get("format") != "halfbyte-checkpoint" or manifest.get("version") != VERSION:
-        raise unusable(path, f"its format is {manifest.get('format')} version {manifest.get('version')}, this program reads version {VERSION}")
-    match = _STEP_NAME.match(path.name.removeprefix(ASIDE))
-    if match is None or int(match[1]) != manifest["step"]:
-        raise unusable(path, f"the folder's name does not agree with its manifest, which is of step {manifest['step']}")
-    needed = {f"{group}.safetensors" for group in TENSOR_GROUPS} | {"state.json"}
-    if not needed <= set(manifest["files"]) or not all(_FILE_NAME.fullmatch(name) for name in manifest["files"]):
-        raise unusable(path, "MANIFEST.json does not list the files of a checkpoint")
-    return manifest
-
-
-def _bytes(path: Path, name: str) -> bytes:
-    try:
-        return (path / name).read_bytes()
-    except FileNotFoundError as error:
-        raise unusable(path, f"{name} is missing") from error
-    except PermissionError as error:
-        raise storage_error(error, path / name) from error
-    except OSError as error:
-        raise unusable(path, f"{name} cannot be read: {error.strerror}") from error
-
-
-def _tensors(path: Path, name: str, content: bytes) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load(content)
-    except SafetensorError as error:
-        raise unusable(path, f"{name} is not a safetensors file: {error}") from error
-
-
-def _canonical(values: Mapping[str, object]) -> bytes:
-    """One byte form per value, so that any changed byte shows."""
-    return (json.dumps(values, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

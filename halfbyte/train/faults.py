@@ -16,7 +16,7 @@ Points of the program (a test lists them from here):
 
 | point | stands |
 |---|---|
-| checkpoint.open, .write, .fsync, .mkdir, .rename, .unlink, .rmdir, .fsync_folder, .link | before that system call of a save, a rotation or a cleaning |
+| checkpoint.open, .write, .fsync, .fsync_folder, .mkdir, .rename, .unlink, .rmdir | before that call of a save, a rotation or a cleaning |
 | train.micro_batch   | before the forward pass of each micro-batch |
 | train.backward_done | after the last backward of a window, before the optimizer step |
 | train.step_done     | after each optimizer step, before its log line |

@@ -22,6 +22,9 @@ FREE_TO_CHANGE = frozenset({
 """Settings that may differ on resume.  Names and paths are here since the digests of what they lead to are compared instead."""
 
 
+DIGESTS = ("base", "tokenizer", "template", "data", "eval_data")
+
+
 class Dumpable(Protocol):
     """A pydantic model."""
 
@@ -62,8 +65,7 @@ def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]
 
 def differences(saved: Mapping[str, object], here: Mapping[str, object]) -> list[str]:
     """One line `field: saved -> here` for each difference that a resume may not have; empty when the run is the same."""
-    lines = [f"{name}: {_short(saved.get(name))} -> {_short(here.get(name))}" for name in ("base", "tokenizer", "template", "data", "eval_data")
-             if saved.get(name) != here.get(name)]
+    lines = [f"{name}: {_short(saved.get(name))} -> {_short(here.get(name))}" for name in DIGESTS if saved.get(name) != here.get(name)]
     before, now = _config(saved), _config(here)
     for name in sorted(set(before) | set(now)):
         if name not in FREE_TO_CHANGE and before.get(name) != now.get(name):

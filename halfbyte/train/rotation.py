@@ -10,7 +10,8 @@ import secrets
 from pathlib import Path
 
 from halfbyte.train import durable_files as durable
-from halfbyte.train.checkpoint import ASIDE, DOOMED, STAGING, scan, storage_error
+from halfbyte.train.checkpoint import DOOMED, STAGING, scan
+from halfbyte.train.manifest import ASIDE, storage_error
 
 
 def rotate(folder: Path, *, keep: int, best_step: int | None = None) -> list[int]:

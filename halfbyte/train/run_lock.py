@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from halfbyte.errors import CheckpointError
-from halfbyte.train.checkpoint import storage_error
+from halfbyte.train.manifest import storage_error
 
 WAIT_SECONDS = 15.0
 

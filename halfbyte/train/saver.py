@@ -58,7 +58,7 @@ class Saver:
         self._lock.__exit__(kind, error, trace)
 
     def save(self, state: TrainState) -> Path | None:
-        """Save, then rotate (the best step of `state.progress` stays); returns the checkpoint, or None when the disk refused and the run may go on.
+        """Save, then rotate (the best step of `state.progress` stays); the checkpoint, or None when the disk refused and the run may go on.
 
         Raises StorageError at the third refusal in a row or when trying again is pointless, NumericError for non-finite tensors.
         """
@@ -68,15 +68,22 @@ class Saver:
         except StorageError as error:
             self._bear(error)
             return None
-        self.failures = 0
         took = time.monotonic() - began
         self.save_seconds = took if self.save_seconds is None else 0.5 * (self.save_seconds + took)
         self.last_saved = state.progress.step
-        rotation.rotate(self.folder, keep=self.keep, best_step=state.progress.best_step)
+        try:
+            rotation.rotate(self.folder, keep=self.keep, best_step=state.progress.best_step)
+        except StorageError as error:
+            self._bear(error)
+        else:
+            self.failures = 0
         return path
 
     def load_newest(self, identity: Mapping[str, object]) -> Loaded:
-        """The newest valid checkpoint of this run; says which newer ones were skipped.  Raises CheckpointError: none valid, or another run's."""
+        """The newest valid checkpoint of this run; says which newer ones were skipped.
+
+        Raises CheckpointError when none is valid, or when it belongs to another run.
+        """
         loaded = checkpoint.load_newest(self.folder)
         for note in loaded.notes:
             log.logger().warning(note)
@@ -99,10 +106,11 @@ class Saver:
             raise error
         self.failures += 1
         if self.failures >= FAILURES_ALLOWED:
+            last = "No checkpoint was saved." if self.last_saved is None else f"The last checkpoint is of step {self.last_saved}."
             raise StorageError(
                 "a run whose checkpoints cannot be saved does not go on", code="E-STORE-002", place=error.place, found=error.found,
                 expected=f"at most {FAILURES_ALLOWED - 1} failed saves in a row", remedy=error.remedy,
-                nothing_done=f"The last checkpoint is of step {self.last_saved}." if self.last_saved is not None else "No checkpoint was saved.",
+                nothing_done=last,
             ) from error
         log.logger().warning(
             "the checkpoint could not be saved (%s); training goes on and the next save tries again (%d of %d failures)",

@@ -14,7 +14,7 @@ What is not here: the frozen base (named by its digest in the identity), and the
 import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy
 import torch
@@ -134,12 +134,12 @@ def restore(state: TrainState, model: nn.Module, optimizer: TensorOptimizer) -> 
 def capture_rng() -> dict[str, Tensor]:
     """The global random generators as integer tensors: python (626), numpy (626), torch (5056 bytes), cuda.<i>, and two gauss caches."""
     version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)  # type: ignore[misc]
+    twister: dict[str, Any] = dict(numpy.random.get_state(legacy=False))
     found = {
         "python": torch.tensor([version, *words], dtype=torch.int64),
         "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
-        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "numpy": torch.tensor([*twister["state"]["key"].tolist(), twister["state"]["pos"], twister["has_gauss"]], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([twister["gauss"]], dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
