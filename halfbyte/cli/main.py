@@ -1,0 +1,96 @@
+"""The `halfbyte` command: its sub-commands, and the one border where errors become text and an exit code.
+
+Importing this module loads typer and nothing heavy: a command imports what it needs in its body, so `--help` and a mistyped option
+answer at once.
+
+Exit codes: 0 ok, 1 a bug of this program, 2 bad input, 3 environment, 4 resume refused, 5 storage, 6 numeric, 7 out of memory,
+130 and 143 stopped by Ctrl-C and SIGTERM.
+"""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from halfbyte import redact
+from halfbyte.cli import chat, data, doctor, evaluate, generate, merge, quantize, quickstart, train
+from halfbyte.errors import HalfbyteError
+
+app = typer.Typer(
+    name="halfbyte", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Fine-tune large language models with LoRA and QLoRA on the hardware you have.",
+    epilog="Start here: halfbyte quickstart",
+)
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at a data file: is it usable, and what will be trained?")
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="On an error show the whole traceback; may stand anywhere on the line.")] = False,
+) -> None:
+    """Options of all commands; `--debug` is read in `run` and declared here for the help text."""
+
+
+app.command("quickstart")(quickstart.quickstart)
+app.command("train")(train.train)
+app.add_typer(data_app, name="data")
+data_app.command("check")(data.check)
+data_app.command("show")(data.show)
+app.command("eval")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("merge")(merge.merge)
+app.command("quantize")(quantize.quantize)
+app.command("doctor")(doctor.doctor)
+
+
+def command() -> Any:
+    """The command tree, for running it and for writing docs/cli.md."""
+    return typer.main.get_command(app)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code; text for people goes to standard error."""
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        command().main(args=arguments, prog_name="halfbyte")
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except HalfbyteError as error:
+        if debug:
+            traceback.print_exc()
+        _say(error.text())
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say("stopped by Ctrl-C")
+        return 130
+    except Exception as error:  # the border: whatever was not foreseen is a bug, and is said to be one
+        if debug:
+            traceback.print_exc()
+        _say(_bug(error, arguments))
+        return 1
+    return 0
+
+
+def _say(text: str) -> None:
+    print(redact.terminal(redact.secrets(text)), file=sys.stderr, flush=True)
+
+
+def _bug(error: Exception, arguments: Sequence[str]) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    message = str(error).strip().splitlines()
+    return (
+        f"error E-BUG-001: this is a bug of Halfbyte or of a library it uses, not of your input\n"
+        f"  where:    {last.name} in {last.filename.rpartition('/')[2]}, line {last.lineno}\n"
+        f"  found:    {type(error).__name__}: {message[0] if message else 'no message'}\n"
+        f"  fix:      see the whole story with: halfbyte --debug {' '.join(arguments)}\n"
+        f"            and report it with that text"
+    )
+
+
+def main() -> None:
+    """Entry point of the `halfbyte` script."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,38 @@
+"""Keep secrets and terminal commands out of what is printed or written for people to read.
+
+`secrets(text)` blanks what looks like a key: tokens of known services, passwords in URLs, `token=...` pairs.  `terminal(text)` drops
+escape sequences and control characters, so that text from a data file or a model cannot recolour the screen, move the cursor, or set
+the window title.
+
+What this is not: a proof that no secret is left.  A password without a name beside it looks like any other word.
+"""
+
+import re
+
+BLANK = "[hidden]"
+_TOKENS = re.compile(
+    r"\b(?:hf_[A-Za-z0-9_]{6,}|sk-[A-Za-z0-9_-]{12,}|gh[pousr]_[A-Za-z0-9]{12,}|github_pat_[A-Za-z0-9_]{12,}|glpat-[A-Za-z0-9_-]{12,}"
+    r"|xox[abprs]-[A-Za-z0-9-]{10,}|AKIA[0-9A-Z]{16}|AIza[0-9A-Za-z_-]{30,}|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*)"
+)
+_IN_URL = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+_NAMED = re.compile(r"((?:api[_-]?key|access[_-]?key|token|secret|password|passwd)[\"']?\s*[=:]\s*[\"']?)([^\s\"'&,;}]{6,})", re.IGNORECASE)
+_ESCAPES = re.compile(r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[P^_X][^\x1b]*(?:\x1b\\)?|\x1b\[[0-?]*[ -/]*[@-~]|\x1b.|\x9b[0-?]*[ -/]*[@-~]")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def secrets(text: str) -> str:
+    """`text` with everything that looks like a secret replaced.
+
+    >>> secrets("cloned https://me:pass1234@host/x with HF_TOKEN=hf_abcdefgh")
+    'cloned https://[hidden]@host/x with HF_TOKEN=[hidden]'
+    """
+    return _NAMED.sub(rf"\1{BLANK}", _IN_URL.sub(BLANK, _TOKENS.sub(BLANK, text)))
+
+
+def terminal(text: str) -> str:
+    r"""`text` without escape sequences and control characters; line ends and tabs stay.
+
+    >>> terminal("a\x1b[31mred\x1b[0m\x07 line\r\nnext")
+    'ared line\nnext'
+    """
+    return _CONTROLS.sub("", _ESCAPES.sub("", text))
