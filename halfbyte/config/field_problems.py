@@ -3,14 +3,15 @@
 A field such as `auto | number` gives pydantic several errors, one for each branch; they are one problem to the user.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from halfbyte.config.base import leaves
-from halfbyte.config.describe import allowed
+from halfbyte.config.describe import allowed, allowed_by
 from halfbyte.config.elsewhere import NAMES, WORDS
 from halfbyte.config.problems import Problem
 from halfbyte.config.rules import text_of
@@ -55,33 +56,43 @@ def _with_kind(value: Any) -> str:
     return f"{shown(value)} ({kind})"
 
 
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _close(word: str, names: Iterable[str]) -> str:
+    """"did you mean lora.rank?" for the dotted names whose last word is nearest."""
+    near = difflib.get_close_matches(word, {_last(name): None for name in names}, n=2, cutoff=0.6)
+    found = [name for last in near for name in names if _last(name) == last]
+    return f"did you mean {', '.join(found)}?" if found else ""
+
+
 def _unknown(key: str, names: Mapping[str, FieldInfo]) -> Problem:
-    group, _, word = key.rpartition(".")
+    group, word = key.rpartition(".")[0], _last(key)
     beside = [name for name in names if name.rpartition(".")[0] == group]
-    close = nearest(key, beside)
-    if not close and word.lower() in NAMES:
-        close = f"that is {NAMES[word.lower()]} here"
-    if not close:
-        elsewhere = [name for name in names if name.rpartition(".")[2] == word]
-        close = f"did you mean {', '.join(elsewhere)}?" if elsewhere else nearest(word, [name.rpartition(".")[2] for name in names])
-        if close and not elsewhere:
-            best = close.removeprefix("did you mean ").rstrip("?").split(", ")[0]
-            close = f"did you mean {', '.join(name for name in names if name.rpartition('.')[2] == best)}?"
-    return Problem("E-CONF-020", "there is no such setting", (key,), remedy=close or f"{group or 'the top level'} has: "
-                   + ", ".join(name.rpartition(".")[2] for name in beside))  # fmt: skip
+    known = NAMES.get(word.lower(), "")
+    remedy = _close(word, beside) or (f"that is {known} here" if known else "") or _close(word, list(names))
+    listed = f"{group or 'the top level'} has: {', '.join(_last(name) for name in beside)}"
+    return Problem("E-CONF-020", "there is no such setting", (key,), remedy=remedy or listed)
 
 
-def _bad_value(key: str, field: FieldInfo, kinds: set[str], value: Any) -> Problem:
+def _part_allowed(field: FieldInfo, key: str, names: Mapping[str, FieldInfo]) -> str:
+    """What is allowed at a key; for one entry of a list or mapping, what the entry may be."""
+    entries = get_args(field.annotation) if key not in names else ()
+    return allowed_by(entries[1] if get_origin(field.annotation) is dict else entries[0]) if entries else allowed(field)
+
+
+def _bad_value(key: str, field: FieldInfo, kinds: set[str], value: Any, legal: str) -> Problem:
     inner = _group_of(field)
+    if "missing" in kinds:
+        return Problem("E-CONF-021", "a setting is missing", (key,), expected=legal, remedy=f"add {key}")
     if inner:
         return Problem("E-CONF-027", "this is a group of settings", (key,), found=_with_kind(value),
                        expected=f"settings below it: {', '.join(inner.model_fields)}")  # fmt: skip
-    if "missing" in kinds:
-        return Problem("E-CONF-021", "a setting is missing", (key,), expected=allowed(field), remedy=f"add {key}")
     words = [leaf for leaf in leaves(field.annotation) if isinstance(leaf, str)]
     options = list(leaves(field.annotation))
     if kinds & _RANGE:
-        return Problem("E-CONF-023", "a setting is out of range", (key,), found=shown(value), expected=allowed(field))
+        return Problem("E-CONF-023", "a setting is out of range", (key,), found=shown(value), expected=legal)
     only_words = all(not isinstance(leaf, type) for leaf in options)
     if "literal_error" in kinds and (only_words or (isinstance(value, str) and words)):
         text = str(value)
@@ -89,7 +100,7 @@ def _bad_value(key: str, field: FieldInfo, kinds: set[str], value: Any) -> Probl
         close = f"did you mean {meant}?" if meant in words else nearest(text, words)
         if text.lower() in ("float16", "fp16", "half"):
             close = "16-bit floats of this kind overflow in training; use bfloat16, or float32"
-        return Problem("E-CONF-024", "a setting has an unknown value", (key,), found=shown(value), expected=allowed(field), remedy=close)
+        return Problem("E-CONF-024", "a setting has an unknown value", (key,), found=shown(value), expected=legal, remedy=close)
     remedy = ""
     if bool in options and str(value).lower() in _SWITCH_WORDS:
         remedy = f"write {_SWITCH_WORDS[str(value).lower()]}"
@@ -97,7 +108,7 @@ def _bad_value(key: str, field: FieldInfo, kinds: set[str], value: Any) -> Probl
         remedy = "put the value in quotes"
     elif tuple in options and isinstance(value, str):
         remedy = f"write [{value}]"
-    return Problem("E-CONF-022", "a setting has the wrong type", (key,), found=_with_kind(value), expected=allowed(field), remedy=remedy)
+    return Problem("E-CONF-022", "a setting has the wrong type", (key,), found=_with_kind(value), expected=legal, remedy=remedy)
 
 
 def field_problems(error: ValidationError, root: type[BaseModel], group: str = "") -> list[Problem]:
@@ -111,7 +122,9 @@ def field_problems(error: ValidationError, root: type[BaseModel], group: str = "
             key = ".".join(parts)
         else:
             key = ".".join(parts[:2]) if ".".join(parts[:2]) in names else parts[0]
-            deeper = getattr(names[key].annotation, "__origin__", None) in (dict, tuple) and len(parts) > 2
+            if item["type"] == "missing" and key == "data":
+                key = "data.path"
+            deeper = get_origin(names[key].annotation) in (dict, tuple) and len(parts) > 2
             key = f"{key}.{parts[2]}" if deeper else key
         kinds.setdefault(key, set()).add(item["type"])
         inputs.setdefault(key, item["input"])
@@ -121,5 +134,5 @@ def field_problems(error: ValidationError, root: type[BaseModel], group: str = "
             problems.append(_unknown(key, names))
             continue
         field = names.get(key) or names[key.rpartition(".")[0]]
-        problems.append(_bad_value(key, field, found, inputs[key]))
+        problems.append(_bad_value(key, field, found, inputs[key], _part_allowed(field, key, names)))
     return problems

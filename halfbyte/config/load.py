@@ -147,7 +147,7 @@ def read_settings(
     except ValidationError as error:
         faults = field_problems(error, RunConfig)
         draft.problems += faults
-        clashes = _clashes_beside(draft.values, {key for fault in faults for key in fault.keys})
+        clashes = _clashes_beside(draft.values, {".".join(key.split(".")[:2]) for fault in faults for key in fault.keys})
     draft.problems += clashes
     if config is None or draft.problems:
         raise error_of(draft.problems, draft.places)

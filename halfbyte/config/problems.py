@@ -4,6 +4,7 @@ A file with one problem gets that problem's own block; a file with several gets 
 key, value and remedy, so that a file is repaired in one go.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,12 @@ def place_of(key: str, places: Mapping[str, str]) -> str:
     return f"{places[parent]}, {key}" if parent in places else key
 
 
+def _line_number(place: str) -> int:
+    """The line in the file, for sorting; what has none comes last."""
+    found = re.search(r" line ([0-9]+),", place)
+    return int(found[1]) if found else 10**9
+
+
 def error_of(problems: Sequence[Problem], places: Mapping[str, str] | None = None) -> ConfigError:
     """All problems as one error."""
     places = places or {}
@@ -49,6 +56,7 @@ def error_of(problems: Sequence[Problem], places: Mapping[str, str] | None = Non
         return ConfigError(
             one.rule, code=one.code, place=where, found=one.found, expected=one.expected, remedy=one.remedy, nothing_done=NOTHING_DONE
         )
+    problems = sorted(problems, key=lambda problem: _line_number(place_of(problem.keys[0], places)))
     lines = [problem.line(places) for problem in problems[:SHOWN]]
     if len(problems) > SHOWN:
         lines.append(f"and {len(problems) - SHOWN} more")
