@@ -1,0 +1,202 @@
+"""A source -> a transformers model, dense or packed, and its tokenizer.
+
+Weights stream from the memory-mapped files; a layer to be packed is packed as its tensor arrives, so the most memory held is the
+result and about two tensors.  A folder that transformers + bitsandbytes saved in 4 or 8 bits is read into the same layers.
+What this does not do: run code from the folder, read pickles, reach the network.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from halfbyte import devices
+from halfbyte.config.quant import QuantConfig
+from halfbyte.errors import ModelError, WeightError
+from halfbyte.formats import bnb4bit
+from halfbyte.formats.safetensors_io import TensorInfo
+from halfbyte.models import folder_checks, rope
+from halfbyte.models.quantizer import LoadConfig, wrong_shape
+from halfbyte.models.source import Source, resolve
+
+NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
+_MAPPINGS = {"causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING, "sequence-classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING}
+
+
+def choose_dtype(dtype: str = "auto") -> tuple[torch.dtype, str]:
+    """(dtype, why): "auto" is bfloat16 where the machine multiplies it natively, float32 elsewhere."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype], "asked for"
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        return torch.bfloat16, "the GPU computes bfloat16"
+    native = [flag for flag in devices.describe().isa if flag in NATIVE_BF16]
+    if native:
+        return torch.bfloat16, f"this processor multiplies bfloat16 natively ({native[0]})"
+    return torch.float32, "this processor has no native bfloat16"
+
+
+def load_model(
+    source: Source | str | Path, *, dtype: str = "auto", quant: QuantConfig | None = None, task: str = "causal-lm",
+    labels: Sequence[str] = (), attention: str = "sdpa",
+) -> PreTrainedModel:  # fmt: skip
+    """The model in eval mode; raises ModelError or WeightError before or while loading, each naming file, tensor or key.
+
+    dtype   of what is not packed, and of the values that packed weights are read back as: "auto", "float32" or "bfloat16"
+    quant   None or format "none": as the folder has it; else every matrix of the backbone is packed while it arrives
+    labels  names of the classes, for task "sequence-classification"
+    """
+    folder = as_source(source).folder
+    raw = folder_checks.read_config(folder)
+    folder_checks.check_architecture(raw, folder, task)
+    folder_checks.check_quantization(raw, folder)
+    tensors = folder_checks.check_weight_files(folder)
+    config = folder_checks.make_config(raw, folder)
+    if task == "sequence-classification":
+        _set_labels(config, labels)
+    chosen, _ = choose_dtype(dtype)
+    packing = _packing(raw, quant, tensors, folder)
+    model = _from_pretrained(folder, config, task, chosen, attention, packing)
+    _check_finite(model)
+    rope.restore(model)
+    return model
+
+
+def as_source(source: Source | str | Path) -> Source:
+    """A Source as it is; a name or path resolved without downloads."""
+    return source if isinstance(source, Source) else resolve(str(source))
+
+
+def _set_labels(config: PretrainedConfig, labels: Sequence[str]) -> None:
+    names = list(labels) or [config.id2label[index] for index in range(config.num_labels)]
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    config.problem_type = "single_label_classification"
+
+
+def _packing(raw: dict[str, object], quant: QuantConfig | None, tensors: dict[str, TensorInfo], folder: Path) -> LoadConfig | None:
+    """How weights are packed on the way in; None for a dense load."""
+    wanted = None if quant is None or quant.format == "none" else quant
+    block = raw.get("quantization_config")
+    if isinstance(block, dict):
+        have = bnb4bit.read_quantization_config(block)
+        if wanted is not None and wanted.format not in ("auto", have.format):
+            raise ModelError(
+                "a folder that is already packed keeps its format", code="E-MODEL-042", place=str(folder), found=f"{have.format}, asked for {wanted.format}",
+                remedy=f"set quant.format={have.format}, or load the model's 16-bit folder",
+            )  # fmt: skip
+        made = LoadConfig(have.format, 64, have.double_quant)
+        ends = (".weight.absmax", ".SCB")
+        made.stored = sorted(name.removesuffix(end) for name in tensors for end in ends if name.endswith(end))
+        return made
+    if wanted is None:
+        return None
+    named = "nf4" if wanted.format == "auto" else wanted.format
+    return LoadConfig(named, wanted.blocksize, wanted.double_quant, wanted.skip, wanted.quantize_head)
+
+
+def _from_pretrained(
+    folder: Path, config: PretrainedConfig, task: str, dtype: torch.dtype, attention: str, packing: LoadConfig | None
+) -> PreTrainedModel:
+    kind = _MAPPINGS[task][type(config)]
+    options: dict[str, object] = {}
+    if packing is not None and packing.stored:
+        config.quantization_config = packing.carried()
+    elif packing is not None:
+        options["quantization_config"] = packing
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # a new classification head is the same each time
+            model, report = kind.from_pretrained(
+                folder, config=config, dtype=dtype, attn_implementation=attention, local_files_only=True, use_safetensors=True,
+                trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options,
+            )  # fmt: skip
+    except (RuntimeError, ValueError, KeyError, ImportError, OSError) as fault:
+        if packing is not None and packing.report.fault is not None:
+            raise packing.report.fault from None
+        raise ModelError(
+            "transformers must be able to load this folder", code="E-MODEL-011", place=str(folder),
+            found=f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}", remedy="compare config.json and the weights with the original model's",
+        ) from fault  # fmt: skip
+    _check_report(model, report, task)
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers' progress bars and load report are off inside; both are put back."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
+def _check_report(model: PreTrainedModel, report: dict[str, object], task: str) -> None:
+    """Refuse what transformers would fill with random numbers or drop."""
+    for name, found, expected in sorted(report["mismatched_keys"]):  # type: ignore[call-overload]
+        raise wrong_shape(name, tuple(found), tuple(expected))
+    prefix = f"{model.base_model_prefix}."
+    new_head = task == "sequence-classification"
+    missing = sorted(name for name in report["missing_keys"] if not new_head or name.startswith(prefix))  # type: ignore[attr-defined]
+    if missing:
+        raise WeightError(
+            "every tensor of the model must be in its files", code="E-WEIGHT-053", place=f"tensor {missing[0]}",
+            found=f"missing, with {len(missing) - 1} more" if len(missing) > 1 else "missing", remedy="fetch the model again; a shard may be incomplete",
+        )  # fmt: skip
+    surplus = sorted(name for name in report["unexpected_keys"] if not new_head or name.startswith(prefix))  # type: ignore[attr-defined]
+    if surplus:
+        raise WeightError(
+            "every tensor in the files must belong to the model", code="E-WEIGHT-054", place=f"tensor {surplus[0]}",
+            found=f"unknown to the model, with {len(surplus) - 1} more" if len(surplus) > 1 else "unknown to the model",
+            remedy="config.json may describe a smaller model than the files hold",
+        )  # fmt: skip
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Refuse NaN and infinity in what was not packed (the packer refuses its own); no temporary of a tensor's size."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.numel() == 0:
+            continue
+        low, high = torch.aminmax(parameter.detach())
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            count = int(sum((~torch.isfinite(part)).sum() for part in parameter.detach().reshape(-1).split(1 << 22)))
+            raise WeightError(
+                "weights must be finite numbers", code="E-WEIGHT-055", place=f"tensor {name}", found=f"{count} of {parameter.numel()} are NaN or infinite",
+                remedy="the file is damaged or its training diverged; fetch it again or use another model",
+            )  # fmt: skip
+
+
+def load_tokenizer(source: Source | str | Path) -> PreTrainedTokenizerBase:
+    """The source's tokenizer, checked against the model's vocabulary; raises ModelError.
+
+    Its padding token is the model's own where it has one, else the end token; it serves padding only, never a label.
+    """
+    found = as_source(source)
+    raw = folder_checks.read_config(found.folder)
+    folder_checks.check_tokenizer_files(found.folder)
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(found.folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as fault:
+        raise ModelError(
+            "the folder must hold a tokenizer that transformers can read", code="E-MODEL-031", place=str(found.folder),
+            found=f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}", remedy="copy tokenizer.json and tokenizer_config.json beside the weights",
+        ) from fault  # fmt: skip
+    folder_checks.check_vocabulary(tokenizer, raw, found.folder)
+    return tokenizer

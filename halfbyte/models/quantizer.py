@@ -1,0 +1,286 @@
+"""Quantize while loading, through transformers' public registry of quantizers.
+
+    file -> one tensor at a time -> [fusion of experts] -> QuantizeArriving.convert -> packed bytes + scales on the module
+
+Before the weights arrive, every layer to be quantized is replaced on the meta device by an empty QuantLinear or QuantExperts.
+Which layers (T56): matrices inside the backbone.  Left as they are, whatever the user adds: output and classification heads,
+routers, embeddings, and layers whose owner reads their raw weight.  A user's list is added to these, never put in their place.
+
+Sources: https://huggingface.co/docs/transformers/main/en/quantization/contribute (the registry).
+"""
+
+import inspect
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from functools import cache
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from halfbyte import surgery
+from halfbyte.errors import HalfbyteError, ModelError, WeightError, nearest
+from halfbyte.formats import bnb4bit
+from halfbyte.quant import blockwise
+from halfbyte.quant.dense import is_conv1d, is_linear_like, shape_of
+from halfbyte.quant.linear import STATE_BUFFERS, QuantLinear
+from halfbyte.quant.quant_state import QuantState
+
+METHOD = "halfbyte"
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+_ROUTER_WORDS = frozenset({"router", "gate", "gating", "shared_expert_gate", "shared_experts_gate"})
+
+
+class Report:
+    """What happened inside one load; a copy of a config shares it, for transformers copies configs on the way in.
+
+    fault       the first error of a conversion; transformers would turn it into text
+    quantized   names of the layers that are packed
+    transposed  those that keep (in, out) in the file
+    """
+
+    def __init__(self) -> None:
+        self.fault: HalfbyteError | None = None
+        self.quantized: list[str] = []
+        self.transposed: set[str] = set()
+
+    def __deepcopy__(self, memo: object) -> "Report":
+        return self
+
+
+@register_quantization_config(METHOD)
+class LoadConfig(QuantizationConfigMixin):
+    """What transformers carries to the quantizer; `stored` names the layers that the folder already holds packed."""
+
+    def __init__(
+        self, format: str = "nf4", blocksize: int = 64, double_quant: bool = True, skip: Sequence[str] = (), quantize_head: bool = False,
+        stored: Sequence[str] = (), report: Report | None = None, **ignored: object,
+    ) -> None:  # fmt: skip
+        self.quant_method = METHOD
+        self.format, self.blocksize, self.double_quant = format, blocksize, double_quant
+        self.skip, self.quantize_head, self.stored = list(skip), quantize_head, list(stored)
+        self.report = report or Report()
+
+    def to_dict(self) -> dict[str, object]:
+        """What goes into a config.json."""
+        return {
+            "quant_method": METHOD, "format": self.format, "blocksize": self.blocksize, "double_quant": self.double_quant,
+            "skip": list(self.skip), "quantize_head": self.quantize_head,
+        }  # fmt: skip
+
+    def carried(self) -> dict[str, object]:
+        """The form in which a config object takes it along, as if read from config.json."""
+        return {**self.to_dict(), "stored": self.stored, "report": self.report}
+
+
+class QuantizeArriving(ConversionOps):
+    """One arriving tensor -> the buffers of the module that waits for it."""
+
+    def __init__(self, config: LoadConfig) -> None:
+        self.config = config
+
+    def convert(self, input_dict: dict[str, object], model: nn.Module | None = None, **ignored: object) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        made: dict[str, torch.Tensor] = {}
+        assert model is not None
+        for name, arrived in input_dict.items():
+            tensor = arrived[0] if isinstance(arrived, list) else arrived
+            assert isinstance(tensor, torch.Tensor)
+            try:
+                made.update(_packed(model, name, tensor, self.config))
+            except HalfbyteError as fault:
+                self.config.report.fault = self.config.report.fault or fault
+                raise
+        return made
+
+
+def _packed(model: nn.Module, name: str, tensor: torch.Tensor, config: LoadConfig) -> dict[str, torch.Tensor]:
+    prefix = name.rpartition(".")[0]
+    module = model.get_submodule(prefix)
+    assert isinstance(module, QuantLinear)
+    wanted = (module.out_features, module.in_features)
+    if prefix in config.report.transposed:
+        tensor = tensor.T  # Conv1D keeps (in, out)
+    if tuple(tensor.shape) != wanted:
+        raise wrong_shape(name, tuple(tensor.shape), wanted)
+    stored, state = blockwise.quantize(tensor.to(module.dtype), config.format, config.blocksize, config.double_quant, name)
+    return _filled(module, prefix, stored, state)
+
+
+def _filled(module: QuantLinear, prefix: str, stored: torch.Tensor, state: QuantState) -> dict[str, torch.Tensor]:
+    """The buffers of `module` by full name; the module's own description is made that of `state`."""
+    module.format, module.blocksize, module.dtype = state.format, state.blocksize, state.dtype
+    made = QuantLinear(stored, state)
+    return {f"{prefix}.{key}": value for key, value in made.named_buffers(recurse=False)}
+
+
+class ReadPacked(ConversionOps):
+    """The tensors in which bitsandbytes keeps one weight -> the buffers of the QuantLinear that waits for it."""
+
+    def __init__(self, quantizer: "Quantizer") -> None:
+        self.hf_quantizer = quantizer
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, object], model: nn.Module | None = None, full_layer_name: str = "", **ignored: object
+    ) -> dict[str, torch.Tensor]:
+        assert model is not None
+        config = self.hf_quantizer.quantization_config
+        tensors = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        prefix, _, last = full_layer_name.rpartition(".")
+        module = model.get_submodule(prefix)
+        try:
+            if not isinstance(module, QuantLinear):
+                (arrived,) = tensors.values()
+                return {full_layer_name: arrived.to(getattr(module, last).dtype)}
+            named = {f"{prefix}.{key}": value for key, value in tensors.items()}
+            stored, state = bnb4bit.from_named_tensors(full_layer_name, named, dtype=module.dtype)
+            if state.shape != (module.out_features, module.in_features):
+                raise wrong_shape(full_layer_name, state.shape, (module.out_features, module.in_features))
+            return _filled(module, prefix, stored, state)
+        except HalfbyteError as fault:
+            config.report.fault = config.report.fault or fault
+            raise
+
+
+@register_quantizer(METHOD)
+class Quantizer(HfQuantizer):
+    """Puts the empty layers in place and says which arriving tensors are packed."""
+
+    requires_calibration = False
+    quantization_config: LoadConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **ignored: object) -> nn.Module:
+        config = self.quantization_config
+        names = _stored_layers(model, config.stored) if config.stored else layers_to_quantize(model, config.skip, config.quantize_head)
+        for name in names:
+            old = model.get_submodule(name)
+            rows, columns = shape_of(old)
+            new = QuantLinear.empty(
+                columns, rows, bias=getattr(old, "bias", None) is not None, format=config.format, blocksize=config.blocksize,
+                double_quant=config.double_quant, dtype=old.get_parameter("weight").dtype, device="meta",
+            )  # fmt: skip
+            if is_conv1d(old):
+                config.report.transposed.add(name)
+            surgery.replace(model, name, new)
+        config.report.quantized = names
+        return model
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **ignored: object) -> bool:
+        module, last = get_module_from_name(model, param_name)
+        return isinstance(module, QuantLinear) and last in STATE_BUFFERS
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
+        return float(param.element_size())
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return QuantizeArriving(self.quantization_config)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """For a folder that is already packed: collect all tensors of one weight under its name."""
+        if not self.pre_quantized:
+            return []
+        parts = [name.removeprefix("x.") for name in bnb4bit.names_of("x.weight")]
+        return [WeightConverter([*parts[1:], parts[0]], "weight", [ReadPacked(self)])]
+
+    def is_serializable(self, *ignored: object, **also_ignored: object) -> bool:
+        """transformers' own save_pretrained would write our buffers under our names; models/save.py writes the shared format."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters beside packed weights train; transformers.Trainer asks."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """transformers.Trainer refuses a quantized model without PEFT's adapters unless this is true; ours it does not know."""
+        return True
+
+
+# -- which layers -------------------------------------------------------------------------------------------------------
+
+
+def layers_to_quantize(model: nn.Module, skip: Sequence[str] = (), quantize_head: bool = False) -> list[str]:
+    """Names of the linear layers to pack, in definition order; raises ModelError where a pattern of `skip` matches no layer."""
+    linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear or is_conv1d(module)}
+    left = {name: reason for name, module in linear.items() if (reason := reason_to_leave(model, name, module, quantize_head))}
+    for pattern in skip:
+        named = [name for name in linear if matches(name, pattern)]
+        if not named:
+            raise ModelError(
+                "each pattern of quant.skip must match a layer", code="E-MODEL-041", place="quant.skip", found=repr(pattern),
+                expected="a layer name, a part of one between dots, or a pattern with *", remedy=nearest(pattern, {n.rpartition(".")[2] for n in linear}),
+            )  # fmt: skip
+        left.update(dict.fromkeys(named, "asked for"))
+    return [name for name in linear if name not in left]
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whole dotted parts, or a * pattern on the full name; "gate" is not "gate_proj".
+
+    >>> matches("model.layers.0.mlp.gate_proj", "mlp"), matches("model.layers.0.mlp.gate_proj", "gate"), matches("a.b.fc", "*.fc")
+    (True, False, True)
+    """
+    return fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
+
+
+def reason_to_leave(model: nn.Module, name: str, module: nn.Module, quantize_head: bool = False) -> str:
+    """Why a linear layer must stay as it is; empty when it may be packed."""
+    if module is model.get_output_embeddings():  # type: ignore[operator]
+        if not quantize_head:
+            return "output head"
+        return "tied to the embedding" if model.config.get_text_config().tie_word_embeddings else ""  # type: ignore[union-attr, operator]
+    if not name.startswith(f"{model.base_model_prefix}."):
+        return "classification head"
+    if _is_router(model, name, module):
+        return "router"
+    parent, _, last = name.rpartition(".")
+    if _reads_weight(type(model.get_submodule(parent)), last):
+        return "raw weight is read by its owner"
+    return ""
+
+
+def _is_router(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """A layer of a mixture-of-experts model whose output chooses experts: by its name, or by its width beside experts."""
+    text = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    counts = {getattr(text, key, None) for key in _EXPERT_COUNTS} - {None, 0, 1}
+    if not counts:
+        return False
+    if _ROUTER_WORDS & set(name.split(".")):
+        return True
+    return shape_of(module)[0] in counts and "experts" in {child for child, _ in model.get_submodule(name.rpartition(".")[0]).named_children()}
+
+
+@cache
+def _reads_weight(owner: type, child: str) -> bool:
+    """The owner's source uses self.<child>.weight, so the layer's forward is not all that is asked of it."""
+    try:
+        source = inspect.getsource(owner)
+    except (OSError, TypeError):
+        return False
+    return re.search(rf"self\.{re.escape(child)}\.weight\b(?!\.(?:dtype|device))", source) is not None
+
+
+def _stored_layers(model: nn.Module, stored: Sequence[str]) -> list[str]:
+    """The model's names of the layers that a packed folder names `stored`, with or without the backbone's prefix."""
+    linear = [name for name, module in model.named_modules() if is_linear_like(module)]
+    by_tail = {name.removeprefix(f"{model.base_model_prefix}."): name for name in linear}
+    found = {by_tail.get(name.removeprefix(f"{model.base_model_prefix}."), "") for name in stored}
+    lost = [name for name in stored if by_tail.get(name.removeprefix(f"{model.base_model_prefix}.")) is None]
+    if lost:
+        raise WeightError(
+            "every packed tensor must belong to a layer of the model", code="E-WEIGHT-051", place=f"tensor {lost[0]}.weight",
+            found=f"{len(lost)} without a layer", remedy="compare config.json with the original model's",
+        )  # fmt: skip
+    return [name for name in linear if name in found]
+
+
+def wrong_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> WeightError:
+    """The error for a tensor that does not fit its layer."""
+    return WeightError(
+        "a tensor must have the shape that config.json asks for", code="E-WEIGHT-052", place=f"tensor {name}", found=str(found),
+        expected=str(expected), remedy="weights and config.json belong to different models, or one was edited",
+    )  # fmt: skip
