@@ -108,7 +108,7 @@ def parse(text: str) -> list[Rule]:
                 remedy="unset HALFBYTE_FAULTS: it is for crash tests only",
             )
         first = 1 if when == "*" else int(number)
-        rules.append(Rule(pattern, kind, first, first if when == number else None))
+        rules.append(Rule(pattern, kind, first, first if when.isdecimal() else None))
     return rules
 
 
