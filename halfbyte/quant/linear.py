@@ -111,9 +111,9 @@ class QuantLinear(nn.Module):
             if self.format == "int8":
                 y = matmul_int8(x, self.weight, self.absmax, self.dtype)
             else:
-                state = self.state
+                absmax = blockwise.plain_absmax(self.state)
                 shape = (self.out_features, self.in_features)
-                y = matmul_4bit(x, self.weight.reshape(-1), blockwise.plain_absmax(state), state.codebook, state.blocksize, shape, self.dtype)
+                y = matmul_4bit(x, self.weight.reshape(-1), absmax, self.codebook, self.blocksize, shape, self.dtype)
             if self.bias is not None:
                 y = y + self.bias.to(y.dtype)
         return y.to(arrived)

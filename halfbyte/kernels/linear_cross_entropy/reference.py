@@ -90,7 +90,7 @@ def _loss_and_gradient(z: Tensor, labels: Tensor, softcap: float | None, scale: 
     z *= scale
     if softcap is not None:
         z.div_(softcap).tanh_()
-        slope = 1 - z * z if gradient else None
+        slope = 1 - z * z
         z *= softcap
     true = z.gather(1, labels[:, None])
     log_total = torch.logsumexp(z, dim=1, keepdim=True)

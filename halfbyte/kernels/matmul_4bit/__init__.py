@@ -44,7 +44,7 @@ def _fake(x: Tensor, packed: Tensor, absmax: Tensor, codebook: Tensor, blocksize
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, absmax, codebook, ctx.blocksize, ctx.shape, ctx.dtype = inputs
+    _, packed, absmax, codebook, ctx.blocksize, ctx.shape, ctx.dtype = inputs
     ctx.save_for_backward(packed, absmax, codebook)
 
 
