@@ -10,6 +10,8 @@ save and load with the module; none ever changes its dtype, whatever `to(dtype)`
 The compute dtype is a field: None means the dtype of x, or autocast's.  It is never read from the bytes.
 """
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,20 @@ from halfbyte.quant.int8_matmul import matmul_int8
 from halfbyte.quant.quant_state import FORMATS, NESTED_BLOCKSIZE, Nested, QuantState
 
 STATE_BUFFERS = ("weight", "absmax", "codebook", "absmax2", "nested_codebook", "offset")
+
+
+def keep_dtypes(module: nn.Module, names: Iterable[str], fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn` of a module's `_apply`, but a buffer of `module` named in `names` keeps its dtype and takes only the new device.
+
+    A scale rounded to bfloat16 moves every weight of its block, and packed bytes read as floats are noise.
+    """
+    held = {id(tensor) for name in names if (tensor := module._buffers.get(name)) is not None}
+
+    def keep(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return tensor.to(moved.device) if id(tensor) in held and moved.dtype != tensor.dtype else moved
+
+    return keep
 
 
 class QuantLinear(nn.Module):
@@ -120,13 +136,7 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Moves reach every buffer; casts reach only the bias."""
-        held = {id(tensor) for name in STATE_BUFFERS if (tensor := self._buffers.get(name)) is not None}
-
-        def keep(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return tensor.to(moved.device) if id(tensor) in held and moved.dtype != tensor.dtype else moved
-
-        return super()._apply(keep, recurse)
+        return super()._apply(keep_dtypes(self, STATE_BUFFERS, fn), recurse)
 
     def extra_repr(self) -> str:
         double = ", double_quant" if self.absmax2 is not None else ""
