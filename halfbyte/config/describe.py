@@ -7,7 +7,7 @@
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
 _PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
@@ -25,6 +25,8 @@ def _bounds(metadata: Iterable[Any]) -> str:
             high = f"at most {part.le}"
         elif isinstance(part, Lt):
             high = f"under {part.lt}" if part.lt != 2**63 else "under 2^63"
+        elif isinstance(part, MinLen):
+            return "not empty"
         elif hasattr(part, "metadata"):
             return _bounds(part.metadata)
     if low and inclusive and high.startswith("at most"):

@@ -71,44 +71,54 @@ def _unknown(key: str, names: Mapping[str, FieldInfo]) -> Problem:
     group, word = key.rpartition(".")[0], _last(key)
     beside = [name for name in names if name.rpartition(".")[0] == group]
     known = NAMES.get(word.lower(), "")
-    remedy = _close(word, beside) or (f"that is {known} here" if known else "") or _close(word, list(names))
-    listed = f"{group or 'the top level'} has: {', '.join(_last(name) for name in beside)}"
-    return Problem("E-CONF-020", "there is no such setting", (key,), remedy=remedy or listed)
+    elsewhere = ", ".join(name for name in names if _last(name) == word) or known
+    remedy = (f"that is {elsewhere} here" if elsewhere else "") or _close(word, beside) or _close(word, list(names))
+    listed = "" if remedy else f"{group or 'the top level'} has {', '.join(_last(name) for name in beside)}"
+    return Problem("E-CONF-020", "there is no such setting", (key,), expected=listed, remedy=remedy)
 
 
-def _part_allowed(field: FieldInfo, key: str, names: Mapping[str, FieldInfo]) -> str:
-    """What is allowed at a key; for one entry of a list or mapping, what the entry may be."""
-    entries = get_args(field.annotation) if key not in names else ()
-    return allowed_by(entries[1] if get_origin(field.annotation) is dict else entries[0]) if entries else allowed(field)
-
-
-def _bad_value(key: str, field: FieldInfo, kinds: set[str], value: Any, legal: str) -> Problem:
+def _part(field: FieldInfo, is_entry: bool) -> tuple[Any, str]:
+    """Annotation and legal values of a setting, or of one entry where the setting is a list or mapping."""
     inner = _group_of(field)
-    if "missing" in kinds:
-        return Problem("E-CONF-021", "a setting is missing", (key,), expected=legal, remedy=f"add {key}")
     if inner:
-        return Problem("E-CONF-027", "this is a group of settings", (key,), found=_with_kind(value),
-                       expected=f"settings below it: {', '.join(inner.model_fields)}")  # fmt: skip
-    words = [leaf for leaf in leaves(field.annotation) if isinstance(leaf, str)]
-    options = list(leaves(field.annotation))
+        return inner, f"settings below it: {', '.join(inner.model_fields)}"
+    if not is_entry:
+        return field.annotation, allowed(field)
+    entries = get_args(field.annotation)
+    entry = entries[1] if get_origin(field.annotation) is dict else entries[0]
+    return entry, allowed_by(entry)
+
+
+def _bad_value(key: str, field: FieldInfo, is_entry: bool, kinds: set[str], value: Any) -> Problem:
+    annotation, legal = _part(field, is_entry)
+    if "missing" in kinds:
+        return Problem("E-CONF-021", "a setting is missing", (key,), expected=legal,
+                       remedy="write `data: rows.jsonl`, or give --data rows.jsonl")  # fmt: skip
+    if _group_of(field):
+        return Problem("E-CONF-027", "this is a group of settings", (key,), found=_with_kind(value), expected=legal)
     if kinds & _RANGE:
         return Problem("E-CONF-023", "a setting is out of range", (key,), found=shown(value), expected=legal)
+    options = list(leaves(annotation))
+    words = [leaf for leaf in options if isinstance(leaf, str)]
     only_words = all(not isinstance(leaf, type) for leaf in options)
     if "literal_error" in kinds and (only_words or (isinstance(value, str) and words)):
-        text = str(value)
-        meant = WORDS.get(text.lower(), "")
-        close = f"did you mean {meant}?" if meant in words else nearest(text, words)
-        if text.lower() in ("float16", "fp16", "half"):
-            close = "16-bit floats of this kind overflow in training; use bfloat16, or float32"
-        return Problem("E-CONF-024", "a setting has an unknown value", (key,), found=shown(value), expected=legal, remedy=close)
+        return Problem("E-CONF-024", "a setting has an unknown value", (key,), found=shown(value), expected=legal,
+                       remedy=_nearest_word(str(value), words))  # fmt: skip
     remedy = ""
     if bool in options and str(value).lower() in _SWITCH_WORDS:
         remedy = f"write {_SWITCH_WORDS[str(value).lower()]}"
-    elif options == [str] or (str in options and isinstance(value, int | float)):
+    elif str in options and isinstance(value, int | float):
         remedy = "put the value in quotes"
     elif tuple in options and isinstance(value, str):
         remedy = f"write [{value}]"
     return Problem("E-CONF-022", "a setting has the wrong type", (key,), found=_with_kind(value), expected=legal, remedy=remedy)
+
+
+def _nearest_word(text: str, words: list[str]) -> str:
+    if text.lower() in ("float16", "fp16", "half"):
+        return "16-bit floats of this kind overflow in training; use bfloat16, or float32"
+    meant = WORDS.get(text.lower(), "")
+    return f"did you mean {meant}?" if meant in words else nearest(text, words)
 
 
 def field_problems(error: ValidationError, root: type[BaseModel], group: str = "") -> list[Problem]:
@@ -134,5 +144,5 @@ def field_problems(error: ValidationError, root: type[BaseModel], group: str = "
             problems.append(_unknown(key, names))
             continue
         field = names.get(key) or names[key.rpartition(".")[0]]
-        problems.append(_bad_value(key, field, found, inputs[key], _part_allowed(field, key, names)))
+        problems.append(_bad_value(key, field, key not in names, found, inputs[key]))
     return problems

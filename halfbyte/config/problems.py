@@ -29,7 +29,8 @@ class Problem:
     def line(self, places: Mapping[str, str]) -> str:
         """The problem on one line, for the list of several."""
         where = "; ".join(place_of(key, places) for key in self.keys)
-        parts = [f"found {self.found}" if self.found else "", f"expected {self.expected}" if self.expected else "", self.remedy]
+        expected = f"expected {self.expected}" if 0 < len(self.expected) < 100 else ""
+        parts = [f"found {self.found}" if self.found else "", expected, self.remedy]
         return f"{where}: {self.rule} ({self.code})" + "".join(f"; {part}" for part in parts if part)
 
 
@@ -38,7 +39,9 @@ def place_of(key: str, places: Mapping[str, str]) -> str:
     parent = key
     while parent and parent not in places:
         parent = parent.rpartition(".")[0]
-    return f"{places[parent]}, {key}" if parent in places else key
+    if not parent:
+        parent = next((name for name in places if name.startswith(f"{key}.")), "")
+    return f"{places[parent]}, {key}" if parent else key
 
 
 def _line_number(place: str) -> int:

@@ -89,8 +89,12 @@ def _syntax_fault(error: yaml.YAMLError, text: str, name: str) -> ConfigError:
     if "\t" in shown[: mark.column + 1]:
         return _fault("E-CONF-011", "lines are indented with spaces, not tabs", place, shown.strip()[:80],
                       remedy="replace each tab by two spaces")  # fmt: skip
-    return _fault("E-CONF-013", "the file is not valid YAML", place, shown.strip()[:80] or "end of the file",
-                  str(getattr(error, "problem", "")))  # fmt: skip
+    problem, opened = str(getattr(error, "problem", "")), getattr(error, "context_mark", None)
+    if opened is not None and opened.line != mark.line:
+        problem += f", {getattr(error, 'context', '')} that begins on line {opened.line + 1}"
+    remedy = 'put a value that holds ": " in quotes' if "mapping values are not allowed" in problem else "close what is open, or use quotes"
+    found = f"{shown.strip()[:80] or 'end of the file'} ({problem})"
+    return _fault("E-CONF-013", "the file is not valid YAML", place, found, remedy=remedy)
 
 
 def scalar(text: str) -> Any:
