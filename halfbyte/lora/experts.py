@@ -23,15 +23,7 @@ from halfbyte.config.lora import LoraConfig
 from halfbyte.errors import UnsupportedError
 from halfbyte.lora.layer import DTYPES, device_of
 from halfbyte.lora.variants import scaling_of
-
-
-def expert_parameters(module: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """name -> (E, O, I) of the fused expert weights a module owns, in definition order; empty for any other module."""
-    if not isinstance(getattr(module, "num_experts", None), int):
-        return {}
-    turned = bool(getattr(module, "is_transposed", False))
-    shapes = {name: tuple(own.shape) for name, own in module.named_parameters(recurse=False) if own.dim() == 3}
-    return {name: (e, b, a) if turned else (e, a, b) for name, (e, a, b) in shapes.items()}
+from halfbyte.quant.experts import expert_shapes, experts_forward, projection
 
 
 class ExpertUpdate(nn.Module):
@@ -83,7 +75,7 @@ class LoraExperts(nn.Module):
         self.base = base
         self.config = config
         self.updates = nn.ModuleDict()
-        for parameter, shape in expert_parameters(base).items():
+        for parameter, shape in expert_shapes(base).items():
             if parameter in own:
                 rank, alpha = own[parameter]
                 place = f"{name}.{parameter}"
@@ -97,3 +89,13 @@ class LoraExperts(nn.Module):
     def named_updates(self) -> dict[str, ExpertUpdate]:
         """parameter name -> its update, in definition order of the parameters."""
         return {name: update for name, update in self.updates.items() if isinstance(update, ExpertUpdate)}
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden (T, H), index and weights (T, K) -> (T, H), as the stock module."""
+        straight, updates = projection(self.base), self.named_updates()
+
+        def project(name: str, x: Tensor, expert: int) -> Tensor:
+            y = straight(name, x, expert)
+            return (y + updates[name](x, expert)).to(y.dtype) if name in updates else y
+
+        return experts_forward(self.base, project, hidden_states, top_k_index, top_k_weights)

@@ -10,6 +10,7 @@ After folding, every layer is read back from the tree and compared with base + d
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +18,15 @@ from torch import Tensor, nn
 
 from halfbyte.errors import AdapterError
 from halfbyte.lora.embedding import LoraEmbedding
+from halfbyte.lora.experts import LoraExperts
 from halfbyte.lora.inject import WRAPPERS, trained_parts, updates
 from halfbyte.lora.layer import LoraLinear
 from halfbyte.lora.targets import output_embedding
 from halfbyte.lora.trained import TrainedParts
 from halfbyte.lora.variants import merged_weight
 from halfbyte.quant.dense import dense_weight, with_weight
+from halfbyte.quant.dense_experts import dense_fused, with_expert_weights
+from halfbyte.quant.experts import dense_expert
 from halfbyte.surgery import modules_of, replace
 
 
@@ -115,16 +119,29 @@ def fold_trained(layer: nn.Module) -> nn.Module:
 
 
 def with_parameters(base: nn.Module, values: dict[str, Tensor]) -> nn.Module:
-    """A copy of `base` in which these parameters have these values, rounded to their types; the originals are not copied first."""
+    """A copy of `base` in which these parameters have these values, rounded to their types; the rest is shared."""
     own = dict(base.named_parameters())
-    memo = {
-        id(own[name]): nn.Parameter(value.detach().to(own[name].dtype, copy=True).contiguous(), requires_grad=False)
-        for name, value in values.items()
-    }  # fmt: skip
+    memo = {id(parameter): parameter for parameter in own.values()}
+    for name, value in values.items():
+        memo[id(own[name])] = nn.Parameter(value.detach().to(own[name].dtype, copy=True).contiguous(), requires_grad=False)
     return copy.deepcopy(base, memo)
 
 
-FOLDS = {LoraLinear: fold_linear, LoraEmbedding: fold_embedding, TrainedParts: fold_trained}
+def expected_experts(layer: LoraExperts, name: str) -> Tensor:
+    """(E, O, I) float32."""
+    return dense_fused(layer.base, name, torch.float32) + layer.named_updates()[name].delta_weight()
+
+
+def fold_experts(layer: nn.Module) -> nn.Module:
+    """LoraExperts -> stock dense experts."""
+    assert isinstance(layer, LoraExperts)
+    dtype = dense_expert(layer.base, "down_proj", 0).dtype
+    return with_expert_weights(layer.base, {name: expected_experts(layer, name).to(dtype) for name in layer.named_updates()})
+
+
+FOLDS: dict[type[nn.Module], Callable[[nn.Module], nn.Module]] = {
+    LoraLinear: fold_linear, LoraEmbedding: fold_embedding, LoraExperts: fold_experts, TrainedParts: fold_trained,
+}  # fmt: skip
 
 
 def check(name: str, wrapper: nn.Module, folded: nn.Module) -> list[MergedTensor]:
@@ -136,6 +153,10 @@ def check(name: str, wrapper: nn.Module, folded: nn.Module) -> list[MergedTensor
             entries.append(MergedTensor(f"{name}:bias", 0.0, 0.0))
     elif isinstance(wrapper, LoraEmbedding):
         entries.append(measured(name, expected_embedding(wrapper), folded.get_parameter("weight"), wrapper.base.weight))
+    elif isinstance(wrapper, LoraExperts):
+        for part in wrapper.named_updates():
+            expected, found = expected_experts(wrapper, part), dense_fused(folded, part)
+            entries.append(measured(f"{name}.{part}", expected, found, dense_fused(wrapper.base, part)))
     elif isinstance(wrapper, TrainedParts):
         for part, value in wrapper.trained().items():
             before = wrapper.base.get_parameter(part)

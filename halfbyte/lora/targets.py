@@ -19,8 +19,8 @@ from torch import nn
 
 from halfbyte.config.lora import LoraConfig
 from halfbyte.errors import ConfigError, TargetError, nearest
-from halfbyte.lora.experts import expert_parameters
 from halfbyte.quant.dense import is_linear_like
+from halfbyte.quant.experts import expert_shapes
 
 ALL_LINEAR = "all-linear"
 CLASSIFIER_HEADS = ("score", "classifier")
@@ -49,11 +49,11 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def first_match(patterns: Iterable[str], name: str) -> str | None:
-    """The first pattern of a per-module table that means `name`, or None.  Table patterns may begin at any dot of the name."""
-    for pattern in patterns:
-        if name == pattern or compiled(rf"(.*\.)?({pattern})$").match(name):
-            return pattern
-    return None
+    """The pattern of a per-module table that means `name`: itself, else the first that matches at a dot of the name, else None."""
+    patterns = list(patterns)
+    if name in patterns:
+        return name
+    return next((pattern for pattern in patterns if compiled(rf"(.*\.)?({pattern})$").match(name)), None)
 
 
 def rank_of(config: LoraConfig, name: str) -> int:
@@ -77,7 +77,7 @@ def candidates(model: nn.Module) -> dict[str, str]:
         elif isinstance(module, nn.Embedding):
             found[name] = "embedding"
         else:
-            found.update({f"{name}.{own}": "experts" for own in expert_parameters(module)})
+            found.update({f"{name}.{own}": "experts" for own in expert_shapes(module)})
     found.pop("", None)
     return found
 
@@ -185,8 +185,8 @@ def endings(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()))
 
 
-def condensed(chosen: list[str], names: Iterable[str]) -> list[str]:
-    """The shortest list of name endings that means exactly `chosen` among `names`: last parts where they do, else whole names."""
-    wanted, short = set(chosen), sorted(endings(chosen))
+def condensed(chosen: list[str], names: Iterable[str], parts: int = 1) -> list[str]:
+    """The shortest list of name endings that means exactly `chosen` among `names`: their last parts where that holds, else whole names."""
+    wanted, short = set(chosen), sorted({".".join(name.split(".")[-parts:]) for name in chosen})
     meant = {name for name in names if any(matches(ending, name) for ending in short)}
     return short if meant == wanted else sorted(chosen)

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from halfbyte.config.lora import LoraConfig
 from halfbyte.errors import AdapterError
 from halfbyte.lora.embedding import LoraEmbedding
-from halfbyte.lora.experts import ExpertUpdate
-from halfbyte.lora.inject import config_of, trained_parts, updates
+from halfbyte.lora.inject import WRAPPERS, config_of, trained_parts, updates
 from halfbyte.lora.layer import LoraLinear
 from halfbyte.lora.targets import condensed
 from halfbyte.quant.dense import is_conv1d
+from halfbyte.quant.experts import expert_shapes
 
 PARTS = ("lora_a", "lora_b", "lora_bias", "magnitude", "start_a", "start_b")
 
@@ -33,18 +33,18 @@ PARTS = ("lora_a", "lora_b", "lora_bias", "magnitude", "start_a", "start_b")
 class Collected:
     """An adapter apart from its model: what formats/peft.py writes.
 
-    tensors  in this program's names, plain low-rank factors (a constant start is folded in: [B | -B0], [A ; A0], twice the rank)
-    config   ranks and alphas per whole module name, so that the file says the same to every reader
-    kinds    module -> linear, conv1d, embedding, experts
-    targets  the shortest endings that mean exactly these modules
-    whole    modules trained whole
+    tensors     in this program's names, plain low-rank factors (a constant start is folded in: [B | -B0], [A ; A0], twice the rank)
+    config      ranks and alphas per whole module name, so that the file says the same to every reader
+    kinds       module -> linear, conv1d, embedding, experts
+    targets     the shortest endings that mean exactly these modules
+    parameters  the same for fused expert parameters
     """
 
     tensors: dict[str, Tensor]
     config: LoraConfig
     kinds: dict[str, str]
     targets: tuple[str, ...]
-    whole: tuple[str, ...]
+    parameters: tuple[str, ...]
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -132,9 +132,13 @@ def collected(model: nn.Module) -> Collected:
         "ranks": {name: own for name, own in ranks.items() if own != rank},
         "alphas": {name: own for name, own in alphas.items() if own != alpha},
     })  # fmt: skip
-    names = [name for name, _ in _base_names(model)]
+    kinds = {name: kind_of(layer) for name, layer in layers.items()}
+    modules = [name for name, kind in kinds.items() if kind != "experts"]
+    fused = [name for name, kind in kinds.items() if kind == "experts"]
     whole = tuple(name for name, part in trained_parts(model).items() if name not in layers and part.names != ("bias",))
-    return Collected(tensors, plain, {name: kind_of(layer) for name, layer in layers.items()}, tuple(condensed(list(layers), names)), whole)
+    plain = plain.model_copy(update={"fully_trained": whole})
+    targets, parameters = condensed(modules, base_names(model)), condensed(fused, fused_names(model), parts=2)
+    return Collected(tensors, plain, kinds, tuple(targets), tuple(parameters))
 
 
 def kind_of(layer: nn.Module) -> str:
@@ -144,9 +148,17 @@ def kind_of(layer: nn.Module) -> str:
     return "embedding" if isinstance(layer, LoraEmbedding) else "experts"
 
 
-def _base_names(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, module) of the tree without what lies inside adapter layers, fused experts' parameters included."""
-    layers = updates(model)
-    inside = tuple(name + "." for name, layer in layers.items() if not isinstance(layer, ExpertUpdate))
-    plain = [(name, module) for name, module in model.named_modules() if name and not name.startswith(inside)]
-    return [*plain, *((name, layer) for name, layer in layers.items() if isinstance(layer, ExpertUpdate))]
+def base_names(model: nn.Module) -> list[str]:
+    """Names of all modules of the model as it was before the adapter came."""
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, WRAPPERS)]
+    inside = tuple(name + "." for name in wrapped)
+    return [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
+
+
+def fused_names(model: nn.Module) -> list[str]:
+    """Names of all fused expert parameters of the model, adapted or not."""
+    found = []
+    for name, module in model.named_modules():
+        owner = name.removesuffix(".base")
+        found += [f"{owner}.{parameter}" for parameter in expert_shapes(module)]
+    return found

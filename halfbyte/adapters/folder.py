@@ -1,0 +1,114 @@
+"""Model <-> adapter folder: what lora collects, formats/peft.py writes, and the other way round.
+
+Loading puts the adapter in and checks that names, shapes,
+    ranks and stored base tables agree exactly; what does not agree is counted and named,
+and the model is left as it was.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from halfbyte.errors import AdapterError
+from halfbyte.formats import peft
+from halfbyte.lora.inject import Injected, config_of, eject, frozen_base, inject, trained_parts, updates
+from halfbyte.lora.targets import candidates, classifier_head, output_embedding
+from halfbyte.lora.tensors import collected, compare_names, live_tensors, load_adapter_tensors
+
+LOFTQ_NOTE = (
+    "Started with LoftQ, which quantizes the base in its own way: on the base as published, or quantized by another program, "
+    "this adapter gives other numbers than in training."
+)
+
+
+def save_adapter(
+    model: nn.Module, folder: Path | str, *, base_name: str | None = None, base_digest: str | None = None, allow_untrained: bool = False
+) -> Path:
+    """Write the adapter of the model as a PEFT folder and read it back; returns the folder.
+
+    The base is named by `base_name`,
+        else by the model's own config.  Raises AdapterError for an adapter that changes nothing, unless `allow_untrained`.
+    """
+    parts = collected(model)
+    return peft.save(
+        Path(folder), parts.tensors, parts.config, kinds=parts.kinds, targets=parts.targets, parameters=parts.parameters,
+        task=task_of(model), base_name=base_name or own_name(model), base_digest=base_digest,
+        notes=(LOFTQ_NOTE,) if config_of(model).init == "loftq" else (), allow_untrained=allow_untrained,
+    )  # fmt: skip
+
+
+def own_name(model: nn.Module) -> str | None:
+    """Name or path a transformers model was loaded from, or None."""
+    return getattr(getattr(model, "config", None), "name_or_path", None) or None
+
+
+def task_of(model: nn.Module) -> str | None:
+    """causal-lm, sequence-classification, or None for a model that is neither."""
+    if output_embedding(model) is not None:
+        return "causal-lm"
+    trained = set(trained_parts(model))
+    return "sequence-classification" if classifier_head(model) is not None or trained & set(peft.CLASSIFIER_HEADS) else None
+
+
+def load_adapter(
+    model: nn.Module, folder: Path | str, *, base_digest: str | None = None, allow_other_base: bool = False, allow_untrained: bool = False
+) -> Injected:
+    """Put the adapter of a PEFT folder into the model.  AdapterError if it is not one for this model; the model is then untouched.
+
+    `base_digest` is compared with the one the folder notes, if it does; `allow_other_base` accepts a difference.
+    """
+    adapter = peft.read(Path(folder), allow_untrained=allow_untrained)
+    if base_digest and adapter.base_digest and base_digest != adapter.base_digest and not allow_other_base:
+        raise AdapterError(
+            "an adapter belongs to the base it was trained on", code="E-ADAPT-060", place=str(folder),
+            found=f"trained on {adapter.base_name or 'a base'} ({adapter.base_digest[:12]}), this is {own_name(model) or 'another'} ({base_digest[:12]})",
+            expected="the same weights", remedy="load that base, or say that the other base is meant (--force-base)",
+            nothing_done="Nothing was loaded.",
+        )  # fmt: skip
+    _require_modules(model, adapter, folder)
+    done = inject(model, adapter.config)
+    try:
+        if set(done.names) != set(adapter.kinds):
+            raise AdapterError("an adapter must fit module by module", code="E-ADAPT-061", place=str(folder),
+                               found=", ".join(sorted(set(done.names) ^ set(adapter.kinds))[:3]),
+                                   nothing_done="Nothing was loaded.")  # fmt: skip
+        _require_same_base(model, adapter, folder)
+        compare_names(live_tensors(model), adapter.tensors, str(folder))
+        load_adapter_tensors(model, adapter.tensors)
+    except AdapterError:
+        eject(model)
+        raise
+    return done
+
+
+def _require_modules(model: nn.Module, adapter: peft.PeftAdapter, folder: Path | str) -> None:
+    """Every module of the adapter exists and can carry one; else say how many tensors match."""
+    if updates(model):
+        raise AdapterError("a model carries one adapter at a time", code="E-ADAPT-062", place=str(folder), remedy="eject the other first",
+                           nothing_done="Nothing was loaded.")  # fmt: skip
+    able = candidates(model)
+    modules = {name for name, _ in model.named_modules()}
+    absent = [name for name, kind in adapter.kinds.items() if able.get(name) != kind]
+    absent += [name for name in adapter.config.fully_trained if name not in modules]
+    if absent:
+        lost = sum(name.rpartition(".")[0] in absent for name in adapter.tensors)
+        raise AdapterError(
+            "the tensors of an adapter must be those of the model's adapter", code="E-ADAPT-063", place=str(folder),
+            found=f"{len(adapter.tensors) - lost} of {len(adapter.tensors)} tensors match; the model has no {', '.join(sorted(absent)[:3])}"
+            + (" ..." if len(absent) > 3 else ""),
+            expected=f"the base {adapter.base_name or 'it was trained on'}", remedy="load that base", nothing_done="Nothing was loaded.",
+        )  # fmt: skip
+
+
+def _require_same_base(model: nn.Module, adapter: peft.PeftAdapter, folder: Path | str) -> None:
+    """Base tables that PEFT stored beside an adapted embedding or head are the model's own."""
+    layers = updates(model)
+    for name, stored in adapter.base_copies.items():
+        own = frozen_base(layers[name.removesuffix(".weight")]).get_parameter("weight")
+        if own.shape != stored.shape or not torch.equal(own, stored.to(own.device, own.dtype)):
+            raise AdapterError(
+                "the base table in an adapter file must be the model's own", code="E-ADAPT-064", place=f"{folder}, tensor {name}",
+                found=f"{tuple(stored.shape)}" if own.shape != stored.shape else "other values", expected=f"{tuple(own.shape)}",
+                remedy="load the base with the vocabulary the adapter was trained with", nothing_done="Nothing was loaded.",
+            )  # fmt: skip
