@@ -1,0 +1,53 @@
+"""RunConfig -> a finished run folder: the whole road, for the command line, for `hb.train` and for the tour.
+
+    settings -> tokenizer and rows (cheap, so mistakes in the data are told first) -> model -> loop -> report
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from halfbyte.config.run import RunConfig
+from halfbyte.data.load import TrainData, load_data
+from halfbyte.log import logger
+from halfbyte.models.assemble import Assembled, assemble
+from halfbyte.models.load import load_tokenizer
+from halfbyte.models.source import resolve
+from halfbyte.pages import report
+from halfbyte.train import loop
+from halfbyte.train.loop import TrainResult
+from halfbyte.train.metrics import Observer
+from halfbyte.train.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to begin: its settings with the labels filled in, its rows and its model."""
+
+    config: RunConfig
+    data: TrainData
+    assembled: Assembled
+
+
+def prepare(config: RunConfig, *, resume: bool = False) -> Prepared:
+    """Read the rows, then load and assemble the model.  Raises what these raise, and ConfigError when the folder holds a run already."""
+    RunFolder(Path(config.out)).check(resume=resume)
+    source = resolve(config.model.name, revision=config.model.revision, allow_download=config.model.allow_download)
+    data = load_data(config, load_tokenizer(source), source)
+    for note in data.report.lines():
+        logger().info(note)
+    if data.labels and not config.model.labels:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"labels": tuple(data.labels)})})
+    return Prepared(config, data, assemble(config))
+
+
+def train_prepared(prepared: Prepared, *, resume: bool = False, observers: Sequence[Observer] | None = None) -> TrainResult:
+    """Run the loop and write the report."""
+    result = loop.run(prepared.config, prepared.assembled, prepared.data, resume=resume, observers=observers)
+    report.write(result.run_folder)
+    return result
+
+
+def train_from_config(config: RunConfig, *, resume: bool = False, observers: Sequence[Observer] | None = None) -> TrainResult:
+    """Everything a run needs, from its settings to its report.  Raises what `prepare` and `loop.run` raise."""
+    return train_prepared(prepare(config, resume=resume), resume=resume, observers=observers)

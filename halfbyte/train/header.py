@@ -1,0 +1,37 @@
+"""What a run says before its first step: model, method, what trains, data, steps, memory."""
+
+from typing import TYPE_CHECKING
+
+from halfbyte import devices
+from halfbyte.optim.param_groups import describe
+from halfbyte.train.identity import flatten
+from halfbyte.train.metrics import Header
+from halfbyte.units import bytes_text, count_text, percent_text
+
+if TYPE_CHECKING:
+    from halfbyte.train.training import Training
+
+
+def header_of(training: "Training") -> Header:
+    """The header of a run that is about to begin or to go on."""
+    config, assembled, data, train = training.config, training.assembled, training.data, training.config.train
+    share = assembled.trainable_params / assembled.total_params
+    total, available = devices.memory_bytes()
+    stored = "" if config.quant_format == "none" else f", base in {config.quant_format}"
+    windows = train.global_batch_size // int(train.micro_batch_size)
+    lines = [
+        ("model", f"{assembled.source.name}, {count_text(assembled.total_params)} parameters, {bytes_text(assembled.weight_bytes)}"),
+        ("method", f"{config.method}{stored}" + (", gradient checkpointing" if train.gradient_checkpointing else "")),
+        ("trains", f"{count_text(assembled.trainable_params)} parameters, {percent_text(share)}"),
+        ("optimizer", describe(training.groups)),
+        ("data", f"{len(data.train):,} rows to train on, {len(data.eval):,} held out"),
+        ("steps", f"{training.total_steps:,} of {train.global_batch_size} rows ({windows} x {train.micro_batch_size})"),
+        ("memory", f"{bytes_text(devices.rss_bytes())} in use, {bytes_text(available)} of {bytes_text(total)} available"),
+        ("folder", str(training.folder.path)),
+    ]
+    if training.progress.step:
+        lines.append(("resumes", f"after step {training.progress.step}"))
+    return Header(
+        lines=[(label, part) for label, text in lines for part in text.splitlines()], total_steps=training.total_steps,
+        first_step=training.progress.step, settings=flatten(config.model_dump(mode="json")),
+    )

@@ -1,0 +1,66 @@
+"""Every "auto" of the training settings as a number, from the model and the data; the result is what is logged and saved.
+
+    learning rate      adapters: 5e-4 below 3 billion parameters, 2e-4 above; full: a tenth of that
+    micro-batch        the largest divisor of the global batch whose longest rows stay within the device's token budget
+    evaluate, save     about eight times a run
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from halfbyte import devices
+from halfbyte.config.run import RunConfig
+
+TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
+"""Tokens of a forward pass at which matrix products reach their full rate; more costs memory and gains nothing."""
+EVALUATIONS = 8
+LARGE_MODEL = 3_000_000_000
+
+
+def total_steps(config: RunConfig, items: int) -> int:
+    """Optimizer steps of the whole run; a last, shorter window counts as one."""
+    per_epoch = math.ceil(items / config.train.global_batch_size)
+    return config.train.max_steps or max(1, math.ceil(per_epoch * config.train.epochs - 1e-9))
+
+
+def learning_rate(method: str, total_params: int) -> float:
+    """The default rate.
+
+    >>> learning_rate("qlora", 135_000_000), learning_rate("full", 7_000_000_000)
+    (0.0005, 2e-05)
+    """
+    rate = 5e-4 if total_params < LARGE_MODEL else 2e-4
+    return rate / 10 if method == "full" else rate
+
+
+def micro_batch_size(global_batch_size: int, longest: int, tokens_at_once: int) -> int:
+    """The largest divisor of the global batch size with at most `tokens_at_once` tokens; at least 1.
+
+    >>> micro_batch_size(16, 200, 1024), micro_batch_size(16, 5000, 1024)
+    (4, 1)
+    """
+    fitting = [size for size in range(1, global_batch_size + 1) if global_batch_size % size == 0 and size * longest <= tokens_at_once]
+    return max(fitting, default=1)
+
+
+def resolve(config: RunConfig, *, total_params: int, items: int, eval_items: int, longest: int, device: torch.device) -> RunConfig:
+    """`config` without "auto" in `optim` and `train`; `longest` is the longest row in tokens."""
+    steps = total_steps(config, items)
+    every = math.ceil(steps / EVALUATIONS)
+    train: dict[str, Any] = {}
+    if config.train.micro_batch_size == "auto":
+        train["micro_batch_size"] = micro_batch_size(config.train.global_batch_size, longest, TOKENS_AT_ONCE.get(device.type, 8192))
+    if config.train.eval_every_steps == "auto":
+        train["eval_every_steps"] = every
+    if eval_items == 0:
+        train["eval_every_steps"] = None
+    if config.train.save_every_steps == "auto":
+        train["save_every_steps"] = every
+    if config.train.threads == "auto":
+        train["threads"] = devices.usable_cores()
+    optim: dict[str, Any] = {}
+    if config.optim.learning_rate == "auto":
+        optim["learning_rate"] = learning_rate(config.method, total_params)
+    return config.model_copy(update={"train": config.train.model_copy(update=train), "optim": config.optim.model_copy(update=optim)})

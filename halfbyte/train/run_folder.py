@@ -1,0 +1,105 @@
+"""The folder of a run: where each file is, and how it is written so that a reader never sees half of it.
+
+    config.yaml        every setting, resolved      environment.json   machine and versions
+    metrics.jsonl      one line per step            run.json           the summary, and how the run ended
+    samples.json       answers before and after     bad_batches.jsonl  rows of steps that were not finite, if there were any
+    adapter/           the adapter, PEFT's format   model/             the whole model instead, for method full
+    checkpoints/       see checkpoint.py            report.html, loss.png   written by halfbyte.pages
+"""
+
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halfbyte import devices
+from halfbyte.config.run import RunConfig
+from halfbyte.config.write import to_yaml
+from halfbyte.errors import ConfigError
+from halfbyte.train import durable_files
+from halfbyte.train.checkpoint import storage_error
+
+MARKS_OF_A_RUN = ("config.yaml", "metrics.jsonl", "run.json", "checkpoints", "adapter", "model")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved settings."""
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Machine and versions."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line; see metrics.py."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """How the run ended and what it reached."""
+        return self.path / "run.json"
+
+    @property
+    def samples(self) -> Path:
+        """Answers to held-out prompts before and after."""
+        return self.path / "samples.json"
+
+    @property
+    def bad_batches(self) -> Path:
+        """Rows of steps whose loss or gradient was not finite."""
+        return self.path / "bad_batches.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter in PEFT's format."""
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The trained model, for method full."""
+        return self.path / "model"
+
+    def open(self, *, resume: bool) -> None:
+        """Make the folder.  Raises ConfigError when it holds a run and `resume` is false, StorageError when it cannot be made."""
+        there = [name for name in MARKS_OF_A_RUN if (self.path / name).exists()]
+        if there and not resume:
+            raise ConfigError(
+                "a new run needs a folder of its own", code="E-CONF-303", place=str(self.path), found=f"a run is there: {', '.join(there)}",
+                expected="a folder without a run", remedy="name another folder with out, or resume this run",
+                nothing_done="Nothing was trained.",
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(error, self.path) from error
+
+    def write_json(self, path: Path, values: Any) -> None:
+        """Replace a JSON file as a whole, durably.  Raises StorageError."""
+        self.write_text(path, json.dumps(values, indent=1, ensure_ascii=False, default=str) + "\n")
+
+    def write_text(self, path: Path, text: str) -> None:
+        """Replace a text file as a whole, durably.  Raises StorageError."""
+        new = path.with_name(f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+        try:
+            durable_files.create(new, text.encode())
+            durable_files.rename(new, path)
+        except OSError as error:
+            raise storage_error(error, path) from error
+        finally:
+            new.unlink(missing_ok=True)
+
+    def write_start(self, config: RunConfig) -> None:
+        """config.yaml and environment.json."""
+        self.write_text(self.config, to_yaml(config))
+        self.write_json(self.environment, {"machine": devices.describe().as_dict(), "versions": devices.versions()})
