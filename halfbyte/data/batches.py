@@ -10,6 +10,7 @@ Padding is never found by its token number, since many models pad with their end
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
 
@@ -59,7 +60,7 @@ def model_inputs(batch: Batch) -> dict[str, Tensor | bool]:
     return inputs
 
 
-def collate(items: Sequence[Example] | Sequence[Packed], pad_id: int) -> Batch:
+def collate(items: Sequence[Example | Packed], pad_id: int) -> Batch:
     """Pad items on the right to the longest of them."""
     width = max(len(item.input_ids) for item in items)
 
@@ -69,8 +70,9 @@ def collate(items: Sequence[Example] | Sequence[Packed], pad_id: int) -> Batch:
     ids = padded([item.input_ids for item in items], pad_id)
     packed = [item for item in items if isinstance(item, Packed)]
     if packed:
-        positions = padded([[*item.positions, *range(item.positions[-1] + 1, item.positions[-1] + 1 + width - len(item.positions))]
-                            for item in packed], 0)
+        positions = padded(
+            [[*item.positions, *range(item.positions[-1] + 1, item.positions[-1] + 1 + width - len(item.positions))] for item in packed], 0
+        )
         labels = padded([item.labels for item in packed], IGNORED)
         rows = [row for item in packed for row in item.rows]
         return Batch(ids, labels, None, positions, padded([item.segment_ids for item in packed], -1), rows, int((labels != IGNORED).sum()))
@@ -88,7 +90,7 @@ def collate(items: Sequence[Example] | Sequence[Packed], pad_id: int) -> Batch:
 class _Windows(Dataset[list[Batch]]):
     """The windows of one epoch, collated on demand."""
 
-    def __init__(self, items: Sequence[Example] | Sequence[Packed], windows: list[list[list[int]]], pad_id: int) -> None:
+    def __init__(self, items: Sequence[Example | Packed], windows: list[list[list[int]]], pad_id: int) -> None:
         self.items, self.windows, self.pad_id = items, windows, pad_id
 
     def __len__(self) -> int:
@@ -102,8 +104,15 @@ class Batches:
     """Windows of batches, epoch by epoch, with a cursor that stands at the next window."""
 
     def __init__(
-        self, items: Sequence[Example] | Sequence[Packed], *, micro_batch_size: int, global_batch_size: int, seed: int, pad_id: int,
-        workers: int = 0, shuffle: bool = True,
+        self,
+        items: Sequence[Example | Packed],
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        seed: int,
+        pad_id: int,
+        workers: int = 0,
+        shuffle: bool = True,
     ) -> None:
         self.items, self.micro_batch_size, self.global_batch_size = items, micro_batch_size, global_batch_size
         self.seed, self.pad_id, self.workers, self.shuffle = seed, pad_id, workers, shuffle
@@ -125,8 +134,8 @@ class Batches:
         """Item numbers of each micro-batch of each window of an epoch."""
         order, made = self.order(epoch), []
         for start in range(0, len(order), self.global_batch_size):
-            window = sorted(order[start: start + self.global_batch_size], key=lambda one: (len(self.items[one].input_ids), one))
-            made.append([window[at: at + self.micro_batch_size] for at in range(0, len(window), self.micro_batch_size)])
+            window = sorted(order[start : start + self.global_batch_size], key=lambda one: (len(self.items[one].input_ids), one))
+            made.append([window[at : at + self.micro_batch_size] for at in range(0, len(window), self.micro_batch_size)])
         return made
 
     def epoch(self, epoch: int) -> Iterator[list[Batch]]:
@@ -135,7 +144,9 @@ class Batches:
         self._epoch, self._step = epoch, start
         windows = self.windows(epoch)[start:]
         loader = DataLoader(
-            _Windows(self.items, windows, self.pad_id), batch_size=None, num_workers=self.workers,
+            _Windows(self.items, windows, self.pad_id),
+            batch_size=None,
+            num_workers=self.workers,
             generator=torch.Generator().manual_seed(self.seed),  # otherwise iterating draws from the global generator
         )
         for window in loader:

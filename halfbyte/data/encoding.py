@@ -1,8 +1,8 @@
 """Text to token ids with the stretch of text that each token covers.
 
 The ids are those of the tokenizer without added special tokens (the template writes its own).  Offsets come from a copy of the
-tokenizer without post-processor, since some post-processors trim the space off a token's stretch.  A stretch that must stay plain though it spells a
-special token is encoded by a second copy that knows no special tokens.
+tokenizer without post-processor, since some post-processors trim the space off a token's stretch.  A stretch that must stay plain
+though it spells a special token is encoded by a second copy that knows no special tokens.
 """
 
 import json
@@ -25,9 +25,13 @@ class Encoder:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise UnsupportedError(
-                "training needs a tokenizer that tells which text each token covers", code="E-UNSUP-041", place=type(tokenizer).__name__,
-                found="a tokenizer without the tokenizers library behind it", expected="a tokenizer.json in the model's folder",
-                remedy="convert the tokenizer to tokenizer.json", nothing_done=NOTHING,
+                "training needs a tokenizer that tells which text each token covers",
+                code="E-UNSUP-041",
+                place=type(tokenizer).__name__,
+                found="a tokenizer without the tokenizers library behind it",
+                expected="a tokenizer.json in the model's folder",
+                remedy="convert the tokenizer to tokenizer.json",
+                nothing_done=NOTHING,
             )
         settings = json.loads(backend.to_str())
         settings.update(post_processor=None, truncation=None, padding=None)
@@ -70,8 +74,12 @@ class Encoder:
         for guard in GUARDS:
             made = tokenizer.encode(guard + piece, add_special_tokens=False)
             behind = [number for number, (_, high) in enumerate(made.offsets) if high > len(guard)]
-            if behind == list(range(len(made.ids) - len(behind), len(made.ids))) and all(made.offsets[number][0] >= len(guard) for number in behind):
-                return [made.ids[number] for number in behind], [(low - 1, high - 1) for low, high in (made.offsets[number] for number in behind)]
+            if behind == list(range(len(made.ids) - len(behind), len(made.ids))) and all(
+                made.offsets[number][0] >= len(guard) for number in behind
+            ):
+                return [made.ids[number] for number in behind], [
+                    (low - 1, high - 1) for low, high in (made.offsets[number] for number in behind)
+                ]
         return None
 
 

@@ -21,8 +21,12 @@ def read(name: str, max_rows: int | None) -> tuple[list[dict[str, Any]], str]:
         import datasets
     except ImportError:
         raise EnvironmentFault(
-            "hub data sets need the extra named hub", code="E-ENV-041", place=name, found="the package datasets is not installed",
-            remedy="pip install 'halfbyte[hub]', or download the files and name them instead", nothing_done="Nothing was trained.",
+            "hub data sets need the extra named hub",
+            code="E-ENV-041",
+            place=name,
+            found="the package datasets is not installed",
+            remedy="pip install 'halfbyte[hub]', or download the files and name them instead",
+            nothing_done="Nothing was trained.",
         ) from None
     try:
         loaded = datasets.load_dataset(match[1], split=match[2] or "train")

@@ -1,8 +1,8 @@
 """JSON lines and JSON files to numbered rows, stricter than the json module.
 
-Refused with line and column: invalid JSON, a cut-off last line, NaN and Infinity, names that stand twice, whole numbers beyond 64 bits,
-more than 64 levels, lines over 16 MiB, text that is not UTF-8, NUL and half surrogate pairs.  Accepted with a note: a byte order mark, a JSON array in
-a .jsonl file, JSON lines in a .json file, an object with one list of rows.  Blank lines are skipped.
+Refused with line and column: invalid JSON, a cut-off last line, NaN and Infinity, names that stand twice, whole numbers beyond
+64 bits, more than 64 levels, lines over 16 MiB, text that is not UTF-8, NUL and half surrogate pairs.  Accepted with a note: a byte
+order mark, a JSON array in a .jsonl file, JSON lines in a .json file, an object with one list of rows.  Blank lines are skipped.
 """
 
 import json
@@ -35,7 +35,7 @@ def read_lines(file: Path, problems: Problems, max_rows: int | None) -> tuple[Nu
         opened.seek(3 if marked else 0)
         if marked:
             notes.append(f"{file} starts with a byte order mark; it was skipped")
-        if head[3 if marked else 0:].lstrip()[:1] == b"[":
+        if head[3 if marked else 0 :].lstrip()[:1] == b"[":
             notes.append(f"{file} is a JSON array, not JSON lines; it was read as rows")
             return _array(file, opened.read(), problems, max_rows), notes
         for number, raw in enumerate(_lines(opened), 1):
@@ -99,11 +99,20 @@ def check_encoding(file: Path, head: bytes) -> bool:
     """True when a UTF-8 byte order mark stands first; refuses UTF-16 and UTF-32."""
     for mark, name in _WIDE_MARKS:
         if head.startswith(mark):
-            raise error_of(Problem("E-DATA-011", str(file), 1, found=f"looks like {name}", remedy=f"convert it: iconv -f {name} -t UTF-8 FILE > NEW"))
+            raise error_of(
+                Problem("E-DATA-011", str(file), 1, found=f"looks like {name}", remedy=f"convert it: iconv -f {name} -t UTF-8 FILE > NEW")
+            )
     if len(head) >= 4 and (head[1:2] == b"\0" or head[0:1] == b"\0") and head.count(b"\0") * 3 >= len(head):
         name = "UTF-16" if head.count(b"\0") * 2 <= len(head) + 1 else "UTF-32"
-        raise error_of(Problem("E-DATA-011", str(file), 1, found=f"looks like {name} without its mark",
-                               remedy=f"convert it: iconv -f {name} -t UTF-8 FILE > NEW"))
+        raise error_of(
+            Problem(
+                "E-DATA-011",
+                str(file),
+                1,
+                found=f"looks like {name} without its mark",
+                remedy=f"convert it: iconv -f {name} -t UTF-8 FILE > NEW",
+            )
+        )
     return head.startswith(b"\xef\xbb\xbf")
 
 
@@ -117,8 +126,10 @@ def decode_text(file: Path, line: int, raw: bytes, problems: Problems) -> str | 
     except UnicodeDecodeError as fault:
         inside = line + raw[: fault.start].count(b"\n")
         column = fault.start - (raw.rfind(b"\n", 0, fault.start) + 1) + 1
-        near = raw[max(0, fault.start - 12): fault.start + 12].decode("latin-1")
-        problems.add(Problem("E-DATA-010", str(file), inside, found=f"byte 0x{raw[fault.start]:02x} at column {column:,}, near {shown(near)}"))
+        near = raw[max(0, fault.start - 12) : fault.start + 12].decode("latin-1")
+        problems.add(
+            Problem("E-DATA-010", str(file), inside, found=f"byte 0x{raw[fault.start]:02x} at column {column:,}, near {shown(near)}")
+        )
         return None
 
 
@@ -144,7 +155,7 @@ def _row(file: Path, line: int, text: str, problems: Problems, *, last: bool) ->
 
 def _json_problem(file: Path, line: int, text: str, fault: json.JSONDecodeError, last: bool) -> Problem:
     cut = fault.pos >= len(text.rstrip()) or fault.msg.startswith("Unterminated")
-    near = shown(text[max(0, fault.pos - 20): fault.pos + 20])
+    near = shown(text[max(0, fault.pos - 20) : fault.pos + 20])
     if last and cut:
         return Problem("E-DATA-021", str(file), line, found=f"the text ends at column {len(text) + 1:,}: {near}")
     words = fault.msg if fault.msg.startswith(("Expecting", "Extra", "Invalid", "Unterminated", "Illegal")) else "invalid JSON"
@@ -162,7 +173,7 @@ def _array(file: Path, raw: bytes, problems: Problems, max_rows: int | None) -> 
     line, counted = 1, 0
     while True:
         position = _SPACE.match(text, position).end()  # type: ignore[union-attr]
-        if text[position: position + 1] == "]" or (max_rows is not None and len(rows) >= max_rows):
+        if text[position : position + 1] == "]" or (max_rows is not None and len(rows) >= max_rows):
             return rows
         line, counted = line + text.count("\n", counted, position), position
         try:
@@ -173,7 +184,7 @@ def _array(file: Path, raw: bytes, problems: Problems, max_rows: int | None) -> 
             else:
                 problems.add(Problem("E-DATA-022", str(file), line, found=shown(value)))
             position = _SPACE.match(text, position).end()  # type: ignore[union-attr]
-            if text[position: position + 1] not in (",", "]"):
+            if text[position : position + 1] not in (",", "]"):
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
             position += text[position] == ","
         except json.JSONDecodeError as fault:

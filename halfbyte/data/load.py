@@ -16,7 +16,7 @@ from typing import Any
 from halfbyte.config.data import DataConfig
 from halfbyte.data.encoding import Encoder
 from halfbyte.data.faults import Problem, error_of
-from halfbyte.data.rows import Row, Rows, part_of_folder, read_rows
+from halfbyte.data.rows import Rows, part_of_folder, read_rows
 from halfbyte.data.samples import Conversation, Sample, Shape, detect, samples_of
 from halfbyte.data.templates import Template, from_tokenizer
 from halfbyte.data.tokenize import DataReport, Example, Tokenized, class_names, tokenize
@@ -43,10 +43,18 @@ class TrainData:
 
 
 def load_data(
-    config: DataConfig, tokenizer: Any, *, model_limit: int | None = None, template: Template | str | Path | None = None,
-    labels: Sequence[str] = (), now: datetime.datetime | None = None,
+    config: DataConfig,
+    tokenizer: Any,
+    *,
+    model_limit: int | None = None,
+    template: Template | str | Path | None = None,
+    labels: Sequence[str] = (),
+    now: datetime.datetime | None = None,
 ) -> TrainData:
-    """Read and tokenize the data; `template` is a Template, the path of a .jinja file, or None for the tokenizer's own.  Raises DataError."""
+    """Read and tokenize the data; `template` is a Template, the path of a .jinja file, or None for the tokenizer's own.
+
+    Raises DataError, and ModelError for a template that is missing or breaks a limit.
+    """
     rows = read_rows(config.path, skip_bad_rows=config.skip_bad_rows, max_rows=config.max_rows)
     shape = detect(rows.rows, config.shape, text_field=config.text_field, label_field=config.label_field)
     notes = list(rows.notes)
@@ -75,8 +83,17 @@ def load_data(
     if used is not None and (aside := used.turns.aside) and not used.plain:
         notes.append(f"the chat template puts {json.dumps(aside)} between the prompt and an answer; it is not trained")
     report = replace(train.report, notes=notes + train.report.notes)
-    return TrainData(train.examples, evaluated.examples if evaluated else [], report, digest, shape, names,
-                     "" if used is None else used.now.isoformat(), evaluated.report if evaluated else None, report.notes)
+    return TrainData(
+        train.examples,
+        evaluated.examples if evaluated else [],
+        report,
+        digest,
+        shape,
+        names,
+        "" if used is None else used.now.isoformat(),
+        evaluated.report if evaluated else None,
+        report.notes,
+    )
 
 
 def _template(template: Template | str | Path | None, tokenizer: Any, shape: Shape, now: datetime.datetime | None) -> Template:
@@ -106,7 +123,9 @@ def split(samples: Sequence[Sample], eval_rows: int | str) -> tuple[list[Sample]
     """(train, eval): whole groups of equal rows in order of their hash until `eval_rows` rows are held out (auto: a tenth, at most 200)."""
     wanted = min(int(EVAL_SHARE * len(samples)), EVAL_MOST) if eval_rows == "auto" else int(eval_rows)
     if wanted >= len(samples) and wanted:
-        raise error_of(Problem("E-DATA-085", samples[0].place if samples else "the data", found=f"{wanted:,} evaluation rows of {len(samples):,}"))
+        raise error_of(
+            Problem("E-DATA-085", samples[0].place if samples else "the data", found=f"{wanted:,} evaluation rows of {len(samples):,}")
+        )
     groups: dict[str, list[int]] = {}
     for number, sample in enumerate(samples):
         groups.setdefault(content_hash(sample), []).append(number)
@@ -147,19 +166,27 @@ def _overlap(train: Sequence[Sample], held_out: Sequence[Sample], config: DataCo
 
 
 def _digest(
-    config: DataConfig, rows: Rows, eval_digest: str, tokenizer: Any, template: Template | None, train: Tokenized, evaluated: Tokenized | None
+    config: DataConfig,
+    rows: Rows,
+    eval_digest: str,
+    tokenizer: Any,
+    template: Template | None,
+    train: Tokenized,
+    evaluated: Tokenized | None,
 ) -> str:
     """sha256 over everything that decides the tokens, and over the tokens."""
     settings = config.model_dump(mode="json", exclude=NOT_IN_DIGEST)
-    parts = [FORMAT, rows.digest, eval_digest, Encoder(tokenizer).identity, template.identity() if template else "", json.dumps(settings, sort_keys=True)]
+    parts = [
+        FORMAT,
+        rows.digest,
+        eval_digest,
+        Encoder(tokenizer).identity,
+        template.identity() if template else "",
+        json.dumps(settings, sort_keys=True),
+    ]
     made = hashlib.sha256()
     for part in parts:
         made.update(hashlib.sha256(part.encode()).digest())
     for example in [*train.examples, *(evaluated.examples if evaluated else [])]:
         made.update(json.dumps([example.input_ids, example.labels, example.label]).encode())
     return made.hexdigest()
-
-
-def rows_shape(rows: Sequence[Row], config: DataConfig) -> Shape:
-    """The shape of rows under the data settings."""
-    return detect(rows, config.shape, text_field=config.text_field, label_field=config.label_field)

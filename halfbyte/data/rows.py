@@ -11,18 +11,18 @@ import glob
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from halfbyte.data import hub, json_rows, tables
 from halfbyte.data.faults import Problem, Problems, error_of
+from halfbyte.errors import nearest
 from halfbyte.units import bytes_text
 
 ARCHIVES = {".gz", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
 PARTS = {"train": ("train", "training"), "eval": ("valid", "validation", "eval", "val", "dev"), "test": ("test",)}
-Reader = Callable[[Path, str, Problems, int | None], tuple[list["Row"], list[str]]]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,13 @@ def _regular(file: Path) -> Path:
     except NotADirectoryError:
         raise error_of(Problem("E-DATA-001", str(file), found="a part of the path is a file")) from None
     if not stat.S_ISREG(mode):
-        kinds = {stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device", stat.S_ISDIR: "a folder"}
+        kinds = {
+            stat.S_ISFIFO: "a pipe",
+            stat.S_ISSOCK: "a socket",
+            stat.S_ISCHR: "a device",
+            stat.S_ISBLK: "a device",
+            stat.S_ISDIR: "a folder",
+        }
         raise error_of(Problem("E-DATA-003", str(file), found=next((name for test, name in kinds.items() if test(mode)), "something else")))
     ending = file.suffix.lower()
     if ending in ARCHIVES:
@@ -127,8 +133,6 @@ def _regular(file: Path) -> Path:
 
 
 def _near_names(file: Path) -> str:
-    from halfbyte.errors import nearest
-
     if not file.parent.is_dir():
         return f"the folder {file.parent} does not exist either; check the path"
     return nearest(file.name, (entry.name for entry in file.parent.iterdir())) or ""
@@ -164,18 +168,9 @@ def _size_text(path: str | Path) -> str:
 
 
 READERS: dict[str, Callable[[Path, Problems, int | None], tuple[list[tuple[int, dict[str, Any]]], list[str]]]] = {
-    ".jsonl": json_rows.read_lines, ".json": json_rows.read_whole, ".csv": tables.read_csv, ".tsv": tables.read_tsv,
+    ".jsonl": json_rows.read_lines,
+    ".json": json_rows.read_whole,
+    ".csv": tables.read_csv,
+    ".tsv": tables.read_tsv,
     ".parquet": tables.read_parquet,
 }
-
-
-def texts_of(value: object, path: str = "") -> Iterator[tuple[str, str]]:
-    """(path, text) of every text inside a row, e.g. ("messages[0].content", "Hello")."""
-    if isinstance(value, str):
-        yield path, value
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield from texts_of(inner, f"{path}.{name}" if path else str(name))
-    elif isinstance(value, list):
-        for number, inner in enumerate(value):
-            yield from texts_of(inner, f"{path}[{number}]")

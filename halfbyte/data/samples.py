@@ -25,9 +25,20 @@ from halfbyte.errors import nearest
 
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_NAMES = {
-    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-    "model": "assistant", "bot": "assistant", "function_call": "assistant", "tool": "tool", "observation": "tool", "ipython": "tool",
-    "function": "tool", "function_response": "tool",
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+    "function": "tool",
+    "function_response": "tool",
 }
 KEPT = ("tool_calls", "reasoning_content", "reasoning", "thinking", "name", "tool_call_id")
 
@@ -130,9 +141,17 @@ def detect(rows: Sequence[Row], shape: str = "auto", *, text_field: str = "text"
     fields = shapes[shape]
     if not any(set(fields.needed) <= row.values.keys() for row in rows):
         missing = [name for name in fields.needed if not columns[name]]
-        raise error_of(Problem("E-DATA-056", rows[0].file, rows[0].line, unit=rows[0].unit, found="fields " + ", ".join(map(shown, columns)),
-                               expected=f"{', '.join(fields.needed)} for the shape {shape}",
-                               remedy=nearest(missing[0] if missing else shape, columns)))
+        raise error_of(
+            Problem(
+                "E-DATA-056",
+                rows[0].file,
+                rows[0].line,
+                unit=rows[0].unit,
+                found="fields " + ", ".join(map(shown, columns)),
+                expected=f"{', '.join(fields.needed)} for the shape {shape}",
+                remedy=nearest(missing[0] if missing else shape, columns),
+            )
+        )
     known = fields.needed + fields.optional
     used = tuple(name for name in known if columns[name])
     ignored = tuple(sorted(name for name in columns if name not in known))
@@ -151,13 +170,22 @@ def _one_shape(rows: Sequence[Row], names: Sequence[str | None], columns: Counte
     if not counts:
         near = [nearest(name, ("prompt", "completion", "messages", "conversations", "instruction", "output", "text")) for name in columns]
         remedy = "; ".join(f"{name}: {word}" for name, word in zip(columns, near) if word)
-        raise error_of(Problem("E-DATA-040", rows[0].file, rows[0].line, unit=rows[0].unit,
-                               found="fields " + ", ".join(shown(name) for name in columns), remedy=remedy))
+        raise error_of(
+            Problem(
+                "E-DATA-040",
+                rows[0].file,
+                rows[0].line,
+                unit=rows[0].unit,
+                found="fields " + ", ".join(shown(name) for name in columns),
+                remedy=remedy,
+            )
+        )
     if len(counts) > 1:
         first = next(name for name in names if name is not None)
         other = next(number for number, name in enumerate(names) if name not in (None, first))
         row = rows[other]
-        found = f"{row.unit} {row.line:,} is {names[other]}, those before are {first} ({', '.join(f'{n:,} {name}' for name, n in counts.items())})"
+        each = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+        found = f"{row.unit} {row.line:,} is {names[other]}, those before are {first} ({each})"
         raise error_of(Problem("E-DATA-041", row.file, row.line, unit=row.unit, found=found))
     return counts.most_common(1)[0][0]
 
@@ -202,7 +230,9 @@ class _Reader:
             return value
         if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
             kinds = [str(part.get("type")) for part in value]
-            other = next((number for number, part in enumerate(value) if not isinstance(part.get("text"), str) or part.get("type") != "text"), None)
+            other = next(
+                (number for number, part in enumerate(value) if not isinstance(part.get("text"), str) or part.get("type") != "text"), None
+            )
             if other is None:
                 return "".join(part["text"] for part in value)
             self.bad("E-DATA-047", f"{name}[{other}]", f"a part of type {shown(kinds[other])}")
@@ -261,7 +291,9 @@ class _Reader:
             return None
         if "system" in roles[1:]:
             at = roles.index("system", 1)
-            self.bad("E-DATA-050", f"{name}[{at}].role", "a second system message" if roles[0] == "system" else "a system message after others")
+            self.bad(
+                "E-DATA-050", f"{name}[{at}].role", "a second system message" if roles[0] == "system" else "a system message after others"
+            )
         elif "user" not in roles:
             self.bad("E-DATA-048", name, "roles " + ", ".join(roles))
         elif roles[-1] == "user" and "assistant" in roles:
@@ -290,7 +322,9 @@ def _prompt_completion(reader: _Reader, shape: Shape) -> Sample | None:
     prompt, completion = reader.values.get("prompt"), reader.values.get("completion")
     if isinstance(prompt, list) or isinstance(completion, list):
         before = reader.messages(prompt, "prompt") if isinstance(prompt, list) else _as_message(reader, "prompt", "user")
-        after = reader.messages(completion, "completion") if isinstance(completion, list) else _as_message(reader, "completion", "assistant")
+        after = (
+            reader.messages(completion, "completion") if isinstance(completion, list) else _as_message(reader, "completion", "assistant")
+        )
         answers = tuple(after)
         asked = [Message(message.role, message.content, message.extra, False) for message in before]
         return reader.conversation([*asked, *answers], "prompt")
@@ -355,6 +389,11 @@ def _text(reader: _Reader, shape: Shape) -> Sample | None:
 
 
 READERS: dict[str, Callable[[_Reader, Shape], Sample | None]] = {
-    "messages": _messages, "sharegpt": _sharegpt, "prompt-completion": _prompt_completion, "alpaca": _alpaca,
-    "tokens": _tokens, "classification": _classification, "text": _text,
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "prompt-completion": _prompt_completion,
+    "alpaca": _alpaca,
+    "tokens": _tokens,
+    "classification": _classification,
+    "text": _text,
 }

@@ -5,14 +5,14 @@ answer (M).  If M without these characters equals R, the template took the answe
 
     R   ...assistant\\nHello!<|im_end|>\\n            M   ...assistant\\n(Hello!)<|im_end|>\\n
 
-Templates trim, split off reasoning, or rewrite history.  Then the marks of that answer are tried one by one further inside: behind leading line ends
-or spaces, behind <think> or </think>, in the reasoning field, in the tool calls.  The first place whose render is R plus the mark counts.  If none is, the row is
-refused: nothing is guessed, no token is counted and no marker is searched.
+Templates trim, split off reasoning, or rewrite history.  Then the marks of that answer are tried one by one further inside: behind
+leading line ends or spaces, behind <think> or </think>, in the reasoning field, in the tool calls.  The first place whose render is
+R plus the mark counts.  If none is, the row is refused: nothing is guessed, no token is counted and no marker is searched.
 
-The end: the special token which the template writes behind a final answer, taken in when it follows the answer directly (or, behind a tool call,
-as the first after it).  The start: the answer's first character.  Text that the template adds on its own (an empty <think></think>)
-is not the answer's; when the answer brings reasoning or tool calls, all from the end of the generation prompt on is trained, and what
-the generation prompt supplies never is.
+The end: the special token which the template writes behind a final answer, taken in when it follows the answer directly (or, behind
+a tool call, as the first after it).  The start: the answer's first character.  Text that the template adds on its own (an empty
+<think></think>) is not the answer's; when the answer brings reasoning or tool calls, all from the end of the generation prompt on is
+trained, and what the generation prompt supplies never is.
 """
 
 import re
@@ -53,26 +53,40 @@ def learn(render_all: RenderAll, tokens: Sequence[str], specials: dict[str, Any]
     """Render small conversations of unique words and look at what stands before and after the answers."""
     ask, answer = {"role": "user", "content": "qfirst"}, {"role": "assistant", "content": "afirst"}
     more = [{"role": "user", "content": "qsecond"}, {"role": "assistant", "content": "asecond"}]
-    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "nfirst", "arguments": {"kfirst": "vfirst"}}}]}
-    asked, prompted, one, two, called = render_all([
-        job([ask]), job([ask], prompt=True), job([ask, answer]), job([ask, answer, *more]), job([ask, call]),
-    ])
-    prompt = prompted[len(asked):] if isinstance(asked, str) and isinstance(prompted, str) and prompted.startswith(asked) else ""
-    if not prompt and isinstance(prompted, str) and isinstance(one, str) and isinstance(asked, str):  # the text without prompt ends in a stop, as with phi-3
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "nfirst", "arguments": {"kfirst": "vfirst"}}}],
+    }
+    asked, prompted, one, two, called = render_all(
+        [
+            job([ask]),
+            job([ask], prompt=True),
+            job([ask, answer]),
+            job([ask, answer, *more]),
+            job([ask, call]),
+        ]
+    )
+    prompt = prompted[len(asked) :] if isinstance(asked, str) and isinstance(prompted, str) and prompted.startswith(asked) else ""
+    if (
+        not prompt and isinstance(prompted, str) and isinstance(one, str) and isinstance(asked, str)
+    ):  # the text without prompt ends in a stop, as with phi-3
         shared = _common_prefix(prompted, one)
-        prompt = prompted[len(_common_prefix(asked, prompted)):] if shared == prompted else ""
+        prompt = prompted[len(_common_prefix(asked, prompted)) :] if shared == prompted else ""
     stops: list[str] = []
     for text, word in ((one, "afirst"), (two, "asecond"), (called, "vfirst")):
         if isinstance(text, str) and word in text:
-            tail = text[text.rindex(word) + len(word):]
+            tail = text[text.rindex(word) + len(word) :]
             first = _first_special(tail, tokens, direct=word != "vfirst")
             if first and first not in stops:
                 stops.append(first)
     aside = ""
     if prompt and isinstance(one, str) and (at := one.rfind(prompt, 0, one.find("afirst"))) >= 0:
-        aside = one[at + len(prompt): one.find("afirst")]
+        aside = one[at + len(prompt) : one.find("afirst")]
     eos = specials.get("eos_token")
-    return Turns(prompt, tuple(sorted({*stops, *([eos] if isinstance(eos, str) and eos else [])}, key=lambda text: (-len(text), text))), aside)
+    return Turns(
+        prompt, tuple(sorted({*stops, *([eos] if isinstance(eos, str) and eos else [])}, key=lambda text: (-len(text), text))), aside
+    )
 
 
 def find(
@@ -102,8 +116,14 @@ def wanted_messages(conversation: Conversation, train_on: str) -> list[int]:
 
 
 def _one(
-    render_all: RenderAll, turns: Turns, tokens: Sequence[str], conversation: Conversation, wanted: list[int], text: str,
-    with_marks: str | RenderFault, train_on: str,
+    render_all: RenderAll,
+    turns: Turns,
+    tokens: Sequence[str],
+    conversation: Conversation,
+    wanted: list[int],
+    text: str,
+    with_marks: str | RenderFault,
+    train_on: str,
 ) -> tuple[str, list[Span], list[Span], str] | Problem:
     places = _places(text, with_marks, conversation, wanted) or _search(render_all, conversation, wanted, text)
     if isinstance(places, Problem):
@@ -115,11 +135,11 @@ def _one(
     stop, before = "", 0
     for number, (start, end, inside) in zip(wanted, places):
         message = conversation.messages[number]
-        start = _start(text, start, before, turns, inside)
-        if start is None:
+        begin = _start(text, start, before, turns, inside)
+        if begin is None:
             return _lost(conversation, f"messages[{number}]: no generation prompt before the reasoning or tool call")
         close, stop = _close(text, end, turns, calls=bool(message.extra.get("tool_calls")))
-        spans.append((start, close))
+        spans.append((begin, close))
         before = close
     return text, [(0, len(text))] if train_on == "all" else spans, plain, stop
 
@@ -169,7 +189,9 @@ def _search(render_all: RenderAll, conversation: Conversation, wanted: list[int]
         start = next((count for count in range(len(starts)) if at[count] is not None), None)
         end = next((count for count in range(len(starts), len(at)) if at[count] is not None), None)
         if start is None or end is None:
-            return _lost(conversation, f"messages[{number}]: {shown(conversation.messages[number].content)} does not stand once in the rendered text")
+            return _lost(
+                conversation, f"messages[{number}]: {shown(conversation.messages[number].content)} does not stand once in the rendered text"
+            )
         first, last = at[start], at[end]
         assert first is not None and last is not None
         if last < first or (places and first < places[-1][1]):
@@ -228,7 +250,7 @@ def _mark_at(marked: str | RenderFault, text: str) -> int | None:
     if isinstance(marked, RenderFault):
         return None
     at = marked.find(chr(MARKS))
-    return at if at >= 0 and marked[:at] + marked[at + 1:] == text else None
+    return at if at >= 0 and marked[:at] + marked[at + 1 :] == text else None
 
 
 def _with_mark(conversation: Conversation, number: int, slot: _Slot, at: int) -> list[dict[str, Any]]:
@@ -242,7 +264,7 @@ def _put(value: Any, way: Sequence[str | int], text: str) -> Any:
     """A copy of a nested value with `text` at the end of `way`."""
     if not way:
         return text
-    copy = list(value) if isinstance(value, list) else dict(value)
+    copy: Any = list(value) if isinstance(value, list) else dict(value)
     copy[way[0]] = _put(value[way[0]], way[1:], text)
     return copy
 

@@ -4,6 +4,7 @@ A render over its limits ends the worker and the call; the next call starts a fr
 standard input closes, and its own alarm ends it even in the middle of an endless loop.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -62,7 +63,10 @@ class TemplateProcess:
         if self._process is not None:
             return self._process
         process = subprocess.Popen(
-            [sys.executable, "-m", "halfbyte.data.template_worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            [sys.executable, "-m", "halfbyte.data.template_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         )
         self._process, self._received = process, bytearray()
         self._end = weakref.finalize(self, _end, process)
@@ -111,10 +115,8 @@ class TemplateProcess:
         if process is None or self._end is None:
             return None
         if process.stdin is not None and not process.stdin.closed:
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
-            except BrokenPipeError:
-                pass
         try:
             code: int | None = process.wait(timeout=0.5)
         except subprocess.TimeoutExpired:
@@ -144,7 +146,5 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 pipe.close()
-            except BrokenPipeError:
-                pass

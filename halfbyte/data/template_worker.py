@@ -1,11 +1,12 @@
 """The process in which chat templates run: a model's template is code made by someone else, and the sandbox alone does not stop a loop.
 
-    standard input    one line of JSON {"template", "specials", "now"}, then lines {"jobs": [{"messages", "tools", "add_generation_prompt"}]}
+    standard input    one line of JSON {"template", "specials", "now"}, then lines {"jobs": [{"messages", "tools", ...}]}
     standard output   one line for the template, then one line for each job: {"text"} or {"error", "kind"}
 
 Limits: 2 s a render (the kernel's alarm ends the process, also inside C code and also when nobody listens any more), 256 MiB over
-the size at start, 1,000,000 characters of output, no file may be written.  The environment is the one transformers gives templates: immutable sandbox,
-trim_blocks, lstrip_blocks, loop controls, tojson, raise_exception, strftime_now, `{% generation %}` accepted and ignored.
+the size at start, 1,000,000 characters of output, no file may be written.  The environment is the one transformers gives templates:
+immutable sandbox, trim_blocks, lstrip_blocks, loop controls, tojson, raise_exception, strftime_now, `{% generation %}` accepted and
+ignored.
 Run with `python -m halfbyte.data.template_worker`; imports neither torch nor transformers.
 
 Source: https://github.com/huggingface/transformers/blob/main/src/transformers/utils/chat_template_utils.py
@@ -114,7 +115,16 @@ def _render(template: jinja2.Template, specials: dict[str, str], job: dict[str, 
         return {"kind": "memory", "error": f"more than {MEMORY_BYTES // 2**20} MiB"}
     except RecursionError:
         return {"kind": "template", "error": "the template calls itself without end"}
-    except (jinja2.exceptions.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, OverflowError) as fault:
+    except (
+        jinja2.exceptions.TemplateError,
+        TypeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        ArithmeticError,
+        OverflowError,
+    ) as fault:
         return {"kind": "template", "error": f"{fault}"[:500] or type(fault).__name__}
 
 

@@ -28,9 +28,10 @@ PLAIN = (
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 ALPACA = (
-    "{% if add_bos %}{{ bos_token }}{% endif %}Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n{% for message in messages %}{% if message.role == 'assistant' %}{{ message.content }}{{ eos_token }}\n\n{% else %}"
-    "### Instruction:\n{{ message.content }}\n\n### Response:\n{% endif %}{% endfor %}"
+    "{% if add_bos %}{{ bos_token }}{% endif %}Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "{% for message in messages %}{% if message.role == 'assistant' %}{{ message.content }}{{ eos_token }}\n\n"
+    "{% else %}### Instruction:\n{{ message.content }}\n\n### Response:\n{% endif %}{% endfor %}"
 )
 WITHOUT_CHAT = {"prompt-completion": PLAIN, "alpaca": ALPACA}
 
@@ -57,10 +58,18 @@ class Template:
     """
 
     def __init__(
-        self, source: str, specials: dict[str, Any], tokens: Iterable[str] = (), *, now: datetime.datetime | None = None, plain: bool = False
+        self,
+        source: str,
+        specials: dict[str, Any],
+        tokens: Iterable[str] = (),
+        *,
+        now: datetime.datetime | None = None,
+        plain: bool = False,
     ) -> None:
         self.source, self.specials, self.plain = source, specials, plain
-        self.tokens = tuple(sorted({*tokens, *(value for value in specials.values() if isinstance(value, str) and value)}, key=lambda one: (-len(one), one)))
+        self.tokens = tuple(
+            sorted({*tokens, *(value for value in specials.values() if isinstance(value, str) and value)}, key=lambda one: (-len(one), one))
+        )
         self.now = (now or datetime.datetime.now()).replace(microsecond=0)
         self.process = TemplateProcess(source, specials, self.now.isoformat())
 
@@ -83,7 +92,9 @@ class Template:
         """Does the template ask for the date?"""
         return "strftime_now" in self.source
 
-    def render(self, messages: Sequence[Message] | Sequence[dict[str, Any]], add_generation_prompt: bool = False, tools: list[Any] | None = None) -> str:
+    def render(
+        self, messages: Sequence[Message] | Sequence[dict[str, Any]], add_generation_prompt: bool = False, tools: list[Any] | None = None
+    ) -> str:
         """The text of one conversation; raises DataError with the template's words when it refuses."""
         plain = [one.as_dict() if isinstance(one, Message) else one for one in messages]
         made = self.render_all([span_finding.job(plain, tools, prompt=add_generation_prompt)])[0]
@@ -92,14 +103,19 @@ class Template:
         return made
 
     def render_all(self, jobs: Sequence[dict[str, Any]]) -> list[str | RenderFault]:
-        """Texts of many conversations; a RenderFault in place of one the template refuses.  Raises ModelError when the template breaks a limit."""
+        """Texts of many conversations; a RenderFault in place of one the template refuses.  ModelError when it breaks a limit."""
         try:
             return self.process.render(jobs)
         except RenderFault as fault:
             rule, code, expected = LIMIT_RULES[fault.kind]
             raise ModelError(
-                rule, code=code, place=f"the chat template ({len(self.source):,} characters)", found=fault.words, expected=expected,
-                remedy="give another template with --template FILE.jinja", nothing_done=NOTHING,
+                rule,
+                code=code,
+                place=f"the chat template ({len(self.source):,} characters)",
+                found=fault.words,
+                expected=expected,
+                remedy="give another template with --template FILE.jinja",
+                nothing_done=NOTHING,
             ) from None
 
     def spans(self, messages: Sequence[Message], *, tools: list[Any] | None = None, train_on: str = "assistant") -> Rendered:
@@ -137,7 +153,7 @@ def special_tokens(tokenizer: Any) -> list[str]:
 def from_tokenizer(
     tokenizer: Any, override_path: str | Path | None = None, *, shape: str = "messages", now: datetime.datetime | None = None
 ) -> Template:
-    """The template of a tokenizer, or of a .jinja file; for `shape` prompt-completion and alpaca a model without one gets a plain template."""
+    """The template of a tokenizer, or of a .jinja file; without either a plain one for `shape` prompt-completion and alpaca."""
     specials: dict[str, Any] = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     tokens = special_tokens(tokenizer)
     if override_path is not None:
@@ -149,9 +165,13 @@ def from_tokenizer(
         return Template(source, specials, tokens, now=now)
     if shape not in WITHOUT_CHAT:
         raise ModelError(
-            "a model must have a chat template to train on conversations", code="E-MODEL-045", place=str(tokenizer.name_or_path) or "the tokenizer",
-            found="no chat template", expected="a chat_template of the tokenizer, or a file",
-            remedy="give one with --template FILE.jinja, or train on prompt and completion", nothing_done=NOTHING,
+            "a model must have a chat template to train on conversations",
+            code="E-MODEL-045",
+            place=str(tokenizer.name_or_path) or "the tokenizer",
+            found="no chat template",
+            expected="a chat_template of the tokenizer, or a file",
+            remedy="give one with --template FILE.jinja, or train on prompt and completion",
+            nothing_done=NOTHING,
         )
     if not tokenizer.eos_token:
         raise error_of(Problem("E-DATA-065", "the tokenizer", found="no end token"))
@@ -169,6 +189,11 @@ def _read_template(path: Path) -> str:
     except UnicodeDecodeError as fault:
         found = f"not UTF-8 at byte {fault.start:,}"
     raise ModelError(
-        "the chat template must be a readable UTF-8 file", code="E-MODEL-046", place=str(path), found=found, expected="a .jinja file",
-        remedy="check the path given with --template", nothing_done=NOTHING,
+        "the chat template must be a readable UTF-8 file",
+        code="E-MODEL-046",
+        place=str(path),
+        found=found,
+        expected="a .jinja file",
+        remedy="check the path given with --template",
+        nothing_done=NOTHING,
     )

@@ -8,6 +8,7 @@ Rules: the first label of a sample is -100 (nothing predicts it); a row without 
 refused; a template that closes no answer with a token of the tokenizer is refused.  The one shift of labels is in `train/loss.py`.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +18,7 @@ from halfbyte.data.encoding import Encoder, Span, labels_of
 from halfbyte.data.faults import SHOWN, Problem, combined, error_of, shown
 from halfbyte.data.samples import ClassSample, Conversation, Sample, TextSample, TokenSample
 from halfbyte.data.templates import Rendered, Template, special_tokens
+from halfbyte.errors import nearest
 
 IGNORED = -100
 UNLEARNABLE_SHARE = 0.05
@@ -27,7 +29,7 @@ CHUNK = 512
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids and labels of one row (labels[i] is input_ids[i] or -100), its number and place; `label` is its class, for classification."""
+    """Token ids and labels of one row (labels[i] is input_ids[i] or -100), its number and place; `label` is the class, if any."""
 
     input_ids: list[int]
     labels: list[int]
@@ -84,7 +86,12 @@ class _Tally:
 
 
 def tokenize(
-    samples: Sequence[Sample], tokenizer: Any, template: Template | None, config: DataConfig, *, model_limit: int | None = None,
+    samples: Sequence[Sample],
+    tokenizer: Any,
+    template: Template | None,
+    config: DataConfig,
+    *,
+    model_limit: int | None = None,
     labels: Sequence[str] = (),
 ) -> Tokenized:
     """Tokenize all samples; `template` may be None when no sample is a conversation; `labels` are the classes of a classifier."""
@@ -94,7 +101,7 @@ def tokenize(
     examples: list[Example] = []
     names = tuple(labels) or class_names(samples)
     for start in range(0, len(samples), CHUNK):
-        for made in _chunk(samples[start: start + CHUNK], tokenizer, template, encoder, config, tally, names):
+        for made in _chunk(samples[start : start + CHUNK], tokenizer, template, encoder, config, tally, names):
             if isinstance(made, Problem):
                 problems.append(made)
             elif (fitted := fit(made, limit, config.long_rows, tokenizer.bos_token_id, tally, problems)) is not None:
@@ -120,12 +127,22 @@ def class_names(samples: Sequence[Sample]) -> tuple[str, ...]:
 
 
 def _chunk(
-    samples: Sequence[Sample], tokenizer: Any, template: Template | None, encoder: Encoder, config: DataConfig, tally: _Tally, names: tuple[str, ...]
+    samples: Sequence[Sample],
+    tokenizer: Any,
+    template: Template | None,
+    encoder: Encoder,
+    config: DataConfig,
+    tally: _Tally,
+    names: tuple[str, ...],
 ) -> list[Example | Problem]:
     """Examples of some samples, in order; those with nothing to learn are counted and left out."""
     rendered = _rendered(samples, tokenizer, template, config, tally)
     made: list[Example | Problem] = []
-    encoded = iter(encoder.encode_all([one.text for one in rendered if isinstance(one, Rendered)], [one.plain for one in rendered if isinstance(one, Rendered)]))
+    encoded = iter(
+        encoder.encode_all(
+            [one.text for one in rendered if isinstance(one, Rendered)], [one.plain for one in rendered if isinstance(one, Rendered)]
+        )
+    )
     for sample, text in zip(samples, rendered):
         if isinstance(text, Problem):
             made.append(text)
@@ -146,16 +163,22 @@ def _rendered(
     """The text and spans of each sample that is text; None for the others and for those dropped."""
     made: list[Rendered | Problem | None] = [None] * len(samples)
     conversations: list[tuple[int, Conversation]] = []
+    frame: _Frame | None = None
     for number, sample in enumerate(samples):
         if isinstance(sample, TextSample):
-            made[number] = _plain_text(sample, tokenizer, tally)
+            frame = frame or _Frame.of(tokenizer)
+            made[number] = _plain_text(sample, frame, tally)
         elif isinstance(sample, Conversation):
             reason = nothing_to_learn(sample, config.train_on)
             if reason:
                 tally.drop(reason)
             elif template is None or (template.plain and sample.chat):
-                made[number] = Problem("E-DATA-063", sample.place, found="a conversation, but the model has no chat template",
-                                       remedy="give a template with --template FILE.jinja")
+                made[number] = Problem(
+                    "E-DATA-063",
+                    sample.place,
+                    found="a conversation, but the model has no chat template",
+                    remedy="give a template with --template FILE.jinja",
+                )
             else:
                 conversations.append((number, sample))
     if conversations:
@@ -177,26 +200,31 @@ def nothing_to_learn(sample: Conversation, train_on: str) -> str:
     return "an empty assistant message" if empty else ""
 
 
-def _plain_text(sample: TextSample, tokenizer: Any, tally: _Tally) -> Rendered | None:
-    """Text with the begin token, where the tokenizer puts one, and the end token."""
+@dataclass(frozen=True)
+class _Frame:
+    """What stands around plain text (begin and end token, where the tokenizer has them), and the pattern of all special tokens."""
+
+    first: str
+    last: str
+    special: re.Pattern[str]
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "_Frame":
+        begins = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+        tokens = sorted(filter(None, special_tokens(tokenizer)), key=lambda one: (-len(one), one))
+        pattern = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+        return cls(tokenizer.bos_token if begins else "", tokenizer.eos_token or "", pattern)
+
+
+def _plain_text(sample: TextSample, frame: _Frame, tally: _Tally) -> Rendered | None:
+    """Text between the begin and the end token."""
     if not sample.text.strip():
         tally.drop("empty text")
         return None
-    first = tokenizer.bos_token if tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else ""
-    last = tokenizer.eos_token or ""
-    text = first + sample.text + last
-    plain = [(first_at, first_at + len(token)) for first_at, token in _special_texts(sample.text, tokenizer, len(first))]
-    return Rendered(text, [(0, len(text))], plain, last)
-
-
-def _special_texts(text: str, tokenizer: Any, offset: int) -> list[tuple[int, str]]:
-    """Where a text spells special tokens."""
-    import re
-
-    tokens = sorted((token for token in special_tokens(tokenizer) if token), key=lambda one: (-len(one), one))
-    if not tokens:
-        return []
-    return [(match.start() + offset, match[0]) for match in re.finditer("|".join(map(re.escape, tokens)), text)]
+    text = frame.first + sample.text + frame.last
+    at = len(frame.first)
+    plain = [(at + match.start(), at + match.end()) for match in frame.special.finditer(sample.text)]
+    return Rendered(text, [(0, len(text))], plain, frame.last)
 
 
 def _example(sample: Sample, text: Rendered, encoded: tuple[list[int], list[Span]] | None, tally: _Tally) -> Example | Problem | None:
@@ -231,9 +259,9 @@ def _classified(sample: ClassSample, tokenizer: Any, names: tuple[str, ...], tal
         tally.drop("empty text")
         return []
     if sample.label not in names:
-        from halfbyte.errors import nearest
-
-        return [Problem("E-DATA-055", sample.place, found=shown(sample.label), expected=", ".join(names), remedy=nearest(sample.label, names))]
+        return [
+            Problem("E-DATA-055", sample.place, found=shown(sample.label), expected=", ".join(names), remedy=nearest(sample.label, names))
+        ]
     ids = tokenizer(sample.text, verbose=False).input_ids
     return [Example(list(ids), [IGNORED] * len(ids), sample.row, sample.place, names.index(sample.label))]
 
@@ -270,7 +298,9 @@ def cut_prompt(example: Example, limit: int, bos_id: int | None) -> Example | No
     if away + 1 > first or limit < 2 + keeps_bos:
         return None  # the first answer token needs a token before it
     head = 1 if keeps_bos else 0
-    return replace(example, input_ids=[*example.input_ids[:head], *example.input_ids[away:]], labels=[*example.labels[:head], *example.labels[away:]])
+    return replace(
+        example, input_ids=[*example.input_ids[:head], *example.input_ids[away:]], labels=[*example.labels[:head], *example.labels[away:]]
+    )
 
 
 def _settle(samples: Sequence[Sample], examples: Sequence[Example], tally: _Tally, limit: int) -> None:
@@ -286,15 +316,17 @@ def _settle(samples: Sequence[Sample], examples: Sequence[Example], tally: _Tall
         lost = tally.tokens_in - tally.tokens_out
         what = f"{tally.too_long - tally.cut:,} dropped, {tally.cut:,} cut" if tally.cut else "dropped"
         tally.notes.append(
-            f"{tally.too_long:,} of {len(samples):,} rows exceed {limit:,} tokens (longest {tally.longest:,}, {tally.longest_place}); {what}, "
-            f"{100 * lost / tally.tokens_in:.1f} % of tokens"
+            f"{tally.too_long:,} of {len(samples):,} rows exceed {limit:,} tokens (longest {tally.longest:,}, {tally.longest_place}); "
+            f"{what}, {100 * lost / tally.tokens_in:.1f} % of tokens"
         )
     if tally.plain_places:
         places = ", ".join(tally.plain_places[:SHOWN])
         tally.notes.append(f"{len(tally.plain_places):,} rows contain special tokens as text; kept as plain text ({places})")
     if not examples:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in tally.dropped.items()) or "no rows"
-        raise error_of(Problem("E-DATA-061", file_of(samples), found=f"no rows left: {reasons}; longest {tally.longest:,} tokens, limit {limit:,}"))
+        raise error_of(
+            Problem("E-DATA-061", file_of(samples), found=f"no rows left: {reasons}; longest {tally.longest:,} tokens, limit {limit:,}")
+        )
 
 
 def file_of(samples: Sequence[Sample]) -> str:
@@ -319,19 +351,38 @@ def _stop(samples: Sequence[Sample], tally: _Tally, tokenizer: Any, config: Data
     if missing:
         tally.notes.append(f"{missing:,} rows end without the stop token {shown(text)}")
     if token != tokenizer.eos_token_id:
-        tally.notes.append(f"answers end with {shown(text)} (token {token}); the tokenizer's own end token is {shown(tokenizer.eos_token or 'none')}")
+        tally.notes.append(
+            f"answers end with {shown(text)} (token {token}); the tokenizer's own end token is {shown(tokenizer.eos_token or 'none')}"
+        )
     return text, int(token)
 
 
 def _report(
-    samples: Sequence[Sample], examples: Sequence[Example], tally: _Tally, limit: int, stop_text: str, stop_id: int | None, names: tuple[str, ...]
+    samples: Sequence[Sample],
+    examples: Sequence[Example],
+    tally: _Tally,
+    limit: int,
+    stop_text: str,
+    stop_id: int | None,
+    names: tuple[str, ...],
 ) -> DataReport:
     tokens = sum(len(one.input_ids) for one in examples)
     if tokens != tally.tokens_out:
         raise error_of(Problem("E-DATA-070", file_of(samples), found=f"{tally.tokens_out:,} tokens kept, {tokens:,} in the rows"))
     trained = sum(label != IGNORED for one in examples for label in one.labels)
     return DataReport(
-        rows=len(samples), kept=len(examples), dropped=dict(tally.dropped), cut=tally.cut, tokens=tokens, trained_tokens=trained,
-        tokens_dropped=tally.tokens_in - tally.tokens_out, longest=tally.longest, longest_place=tally.longest_place, max_tokens=limit,
-        stop_token_text=stop_text, stop_token_id=stop_id, labels=names, notes=list(tally.notes),
+        rows=len(samples),
+        kept=len(examples),
+        dropped=dict(tally.dropped),
+        cut=tally.cut,
+        tokens=tokens,
+        trained_tokens=trained,
+        tokens_dropped=tally.tokens_in - tally.tokens_out,
+        longest=tally.longest,
+        longest_place=tally.longest_place,
+        max_tokens=limit,
+        stop_token_text=stop_text,
+        stop_token_id=stop_id,
+        labels=names,
+        notes=list(tally.notes),
     )
