@@ -200,3 +200,11 @@ def load_tokenizer(source: Source | str | Path) -> PreTrainedTokenizerBase:
         ) from fault  # fmt: skip
     folder_checks.check_vocabulary(tokenizer, raw, found.folder)
     return tokenizer
+
+
+def token_limit(source: Source | str | Path) -> int | None:
+    """Positions the model was made for; None where its config does not say."""
+    raw = folder_checks.read_config(as_source(source).folder)
+    text = raw.get("text_config")
+    values = [table.get(key) for table in (text if isinstance(text, dict) else {}, raw) for key in ("max_position_embeddings", "n_positions")]
+    return next((value for value in values if isinstance(value, int) and value > 0), None)

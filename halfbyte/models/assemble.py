@@ -1,0 +1,71 @@
+"""RunConfig -> a model ready to train: the one place where full, LoRA and QLoRA differ.
+
+| method | base                   | trained          |
+|--------|------------------------|------------------|
+| full   | dense                  | every parameter  |
+| lora   | dense                  | adapters         |
+| qlora  | packed (quant.format)  | adapters         |
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from halfbyte.config.run import RunConfig
+from halfbyte.lora.inject import Injected, inject, total_parameters
+from halfbyte.models.load import choose_dtype, load_model, load_tokenizer
+from halfbyte.models.source import Source, resolve
+from halfbyte.surgery import trainable
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """What training starts from.
+
+    weight_bytes  of all parameters and buffers as they lie in memory, shared ones once
+    dtype_reason  why the base has the dtype it has
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: Source
+    injected: Injected | None
+    trainable_params: int
+    total_params: int
+    weight_bytes: int
+    dtype: str = "float32"
+    dtype_reason: str = ""
+
+
+def assemble(config: RunConfig, *, for_training: bool = True) -> Assembled:
+    """Load the base as the config says, put adapters in where the method has them, and set what trains.
+
+    With for_training=False nothing asks for a gradient.
+    """
+    source = resolve(config.model.name, revision=config.model.revision, allow_download=config.model.allow_download)
+    quant = config.quant.model_copy(update={"format": config.quant_format})
+    dtype, reason = choose_dtype(config.model.dtype)
+    model = load_model(
+        source, dtype=config.model.dtype, quant=quant, task=config.model.task, labels=config.model.labels, attention=config.model.attention
+    )
+    tokenizer = load_tokenizer(source)
+    if config.model.task == "sequence-classification":
+        model.config.pad_token_id = tokenizer.pad_token_id
+    injected = None if config.method == "full" else inject(model, config.lora, seed=config.train.seed, quant=quant)
+    if injected is None:
+        model.requires_grad_(True)
+    if not for_training:
+        model.requires_grad_(False)
+    model.train(for_training)
+    trained = sum(parameter.numel() for _, parameter in trainable(model))
+    total = total_parameters(model)
+    return Assembled(model, tokenizer, source, injected, trained, total, weight_bytes(model), str(dtype).removeprefix("torch."), reason)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, a storage that several names share counted once."""
+    held = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in [*model.parameters(), *model.buffers()]
+    }
+    return sum(held.values())

@@ -1,0 +1,103 @@
+"""The output head apart from the backbone, so that the loss needs no logits of all tokens.
+
+    logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)          softcap and bias only where the model has them
+
+What stands between hidden states and logits differs: a soft cap (Gemma 2 and 3), a division (Granite), a factor (Cohere).  The values are
+read from the config and the whole is probed once against the model's own logits.  Where nothing fits, or the head is
+adapted or packed, kind "logits" says so with its reason, and the model's own logits are used.
+
+    B sequences, T tokens, H width, V vocabulary
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.data.batches import Batch, model_inputs
+from halfbyte.log import logger
+from halfbyte.models.modes import evaluating
+
+PROBE_TOKENS = 6
+_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale")
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits.
+
+    kind     "linear": by the formula of this module; "logits": ask the model (`logits_of`), for `reason`
+    module   the output layer; its weight (V, H) and bias (V,) are read at each use, for they may be in training
+    """
+
+    kind: str
+    module: nn.Module | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+    reason: str = ""
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, H), differentiable where the head trains."""
+        assert self.module is not None
+        return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(V,) or None."""
+        return getattr(self.module, "bias", None)
+
+
+def hidden_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The backbone's last hidden states (B, T, H), differentiable; no logits are made."""
+    return model.base_model(**model_inputs(batch)).last_hidden_state
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's own logits (B, T, V)."""
+    return model(**model_inputs(batch)).logits
+
+
+def head_of(model: nn.Module) -> Head:
+    """The head of a language model, probed against its own logits; call it after adapters are in place."""
+    module = model.get_output_embeddings()
+    if module is None:
+        return Head("logits", reason="the model names no output layer")
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or hasattr(module, "lora_a"):
+        return _plain("the output layer is adapted or packed")
+    with evaluating(model), torch.no_grad():
+        ids = torch.arange(PROBE_TOKENS, device=weight.device)[None] * 7 % weight.shape[0]
+        probe = Batch(ids, ids, None, None, None, [0], 0)
+        wanted, hidden = logits_of(model, probe), hidden_of(model, probe)
+        for head in _candidates(model, module):
+            if hidden.shape[-1] == weight.shape[1] and close(apply(head, hidden), wanted):
+                return head
+    return _plain("its logits are not a scaled, capped linear map of the backbone's last states")
+
+
+def _plain(reason: str) -> Head:
+    logger().debug("loss by the model's own logits: %s", reason)
+    return Head("logits", reason=reason)
+
+
+def _candidates(model: nn.Module, module: nn.Module) -> list[Head]:
+    """Heads the config suggests, the likely first."""
+    text = model.config.get_text_config()
+    cap = getattr(text, "final_logit_softcapping", None)
+    factors = [getattr(text, key) for key in _FACTORS if isinstance(getattr(text, key, None), (int, float))]
+    scales = [scale for factor in factors if factor for scale in (float(factor), 1.0 / factor)] + [1.0]
+    caps = [float(cap), None] if cap else [None]
+    return [Head("linear", module, softcap, scale) for softcap in caps for scale in scales]
+
+
+def apply(head: Head, hidden_BTH: Tensor) -> Tensor:
+    """Logits (B, T, V) in float32 by the formula of this module."""
+    logits = nn.functional.linear(hidden_BTH, head.weight, head.bias).float() * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def close(found: Tensor, wanted: Tensor) -> bool:
+    """Equal up to the rounding of the type the model computes in."""
+    rounding = torch.finfo(wanted.dtype).eps * 8
+    return bool((found - wanted.float()).abs().max() <= rounding * wanted.float().abs().max().clamp_min(1e-30))
