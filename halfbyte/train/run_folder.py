@@ -70,8 +70,8 @@ class RunFolder:
         """The trained model, for method full."""
         return self.path / "model"
 
-    def open(self, *, resume: bool) -> None:
-        """Make the folder.  Raises ConfigError when it holds a run and `resume` is false, StorageError when it cannot be made."""
+    def check(self, *, resume: bool) -> None:
+        """Raise ConfigError when the folder holds a run and `resume` is false; writes nothing."""
         there = [name for name in MARKS_OF_A_RUN if (self.path / name).exists()]
         if there and not resume:
             raise ConfigError(
@@ -79,6 +79,10 @@ class RunFolder:
                 expected="a folder without a run", remedy="name another folder with out, or resume this run",
                 nothing_done="Nothing was trained.",
             )
+
+    def open(self, *, resume: bool) -> None:
+        """Make the folder.  Raises ConfigError when it holds a run and `resume` is false, StorageError when it cannot be made."""
+        self.check(resume=resume)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
