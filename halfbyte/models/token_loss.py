@@ -5,8 +5,8 @@
     state    h0 h1 h2 h3          h_i predicts token i + 1: the one shift
     trained      h1->t2 h2->t3    only these positions go through the head
 
-Nothing here divides: training divides by the trained tokens of a whole optimizer step, evaluation by those of all rows, so neither depends on
-how rows were cut into batches.  Logits of untrained positions are never computed, those of trained ones never held whole
+Nothing here divides: training divides by the trained tokens of a whole optimizer step, evaluation by those of all rows, so neither
+depends on how rows were cut into batches.  Logits of untrained positions are never computed, those of trained ones never held whole
 (`halfbyte.kernels.linear_cross_entropy`).  For sequence classification a label is one class per row and nothing is shifted.
 """
 

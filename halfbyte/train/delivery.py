@@ -3,13 +3,16 @@
 The best weights are read back from their checkpoint, which rotation keeps, so what is delivered is what was measured.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from halfbyte import devices
 from halfbyte.errors import CheckpointError
-from halfbyte.models.save import save_adapter, save_dense
+from halfbyte.formats import peft
+from halfbyte.lora.tensors import collected
+from halfbyte.models.save import save_dense
 from halfbyte.train import checkpoint, samples
 from halfbyte.train.state import trainables_of
 
@@ -25,7 +28,7 @@ def deliver(training: "Training") -> dict[str, Any]:
     assembled, folder = training.assembled, training.folder
     if assembled.injected is not None:
         adapter = folder.adapter
-        save_adapter(assembled, adapter)
+        save_adapter(training, adapter)
     else:
         model = folder.model
         save_dense(training.model, assembled.tokenizer, model)
@@ -39,6 +42,15 @@ def deliver(training: "Training") -> dict[str, Any]:
         "last_eval_loss": summary["last_eval_loss"], "best_eval_loss": summary["best_eval_loss"], "best_step": summary["best_step"],
         "delivered_step": delivered, "stopped_early": training.stopped_early, "history": training.history,
     }
+
+
+def save_adapter(training: "Training", folder: Path) -> None:
+    """The adapter as it is in the model, in PEFT's format; read back before this returns."""
+    found, config, source = collected(training.model), training.config, training.assembled.source
+    peft.save(
+        folder, found.tensors, found.config, kinds=found.kinds, targets=found.targets, parameters=found.parameters,
+        task=config.model.task, base_name=source.name, revision=config.model.revision, base_digest=source.digest,
+    )
 
 
 def load_best(training: "Training") -> int:

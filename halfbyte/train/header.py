@@ -18,13 +18,14 @@ def header_of(training: "Training") -> Header:
     share = assembled.trainable_params / assembled.total_params
     total, available = devices.memory_bytes()
     stored = "" if config.quant_format == "none" else f", base in {config.quant_format}"
+    packed = f" in {len(training.items):,} packed ones" if config.data.packing else ""
     windows = train.global_batch_size // int(train.micro_batch_size)
     lines = [
         ("model", f"{assembled.source.name}, {count_text(assembled.total_params)} parameters, {bytes_text(assembled.weight_bytes)}"),
         ("method", f"{config.method}{stored}" + (", gradient checkpointing" if train.gradient_checkpointing else "")),
         ("trains", f"{count_text(assembled.trainable_params)} parameters, {percent_text(share)}"),
         ("optimizer", describe(training.groups)),
-        ("data", f"{len(data.train):,} rows to train on, {len(data.eval):,} held out"),
+        ("data", f"{len(data.train):,} rows to train on{packed}, {len(data.eval):,} held out"),
         ("steps", f"{training.total_steps:,} of {train.global_batch_size} rows ({windows} x {train.micro_batch_size})"),
         ("memory", f"{bytes_text(devices.rss_bytes())} in use, {bytes_text(available)} of {bytes_text(total)} available"),
         ("folder", str(training.folder.path)),

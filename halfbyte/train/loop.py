@@ -16,7 +16,7 @@ from halfbyte.train import console, signals, trackers
 from halfbyte.train.metrics import MetricsFile, Observer, Observers
 from halfbyte.train.run_folder import RunFolder
 from halfbyte.train.saver import Saver
-from halfbyte.train.training import Training, resolved
+from halfbyte.train.training import Training, items_of, resolved
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,15 @@ def run(
     Raises ConfigError, CheckpointError, StorageError, NumericError, DoesNotFitError, EnvironmentFault, and Interrupted when a
     signal asked to stop and the run was saved.
     """
-    config = resolved(config, assembled, data)
+    items = items_of(config, data)
+    config = resolved(config, assembled, data, items)
     folder = RunFolder(Path(config.out))
     services = trackers.open_trackers(config.train.trackers, folder.path)
     folder.open(resume=resume)
     audience = Observers([*(observers if observers is not None else [console.for_this_terminal()]), *services])
     with Saver(folder.path, keep=config.train.keep_checkpoints, verify=config.train.verify_checkpoints) as saver, signals.listen() as stop:
         metrics = MetricsFile(folder.metrics)
-        training = Training(config, assembled, data, folder, saver, stop, metrics, audience)
+        training = Training(config, assembled, data, items, folder, saver, stop, metrics, audience)
         try:
             training.begin(resume)
             training.between_steps()

@@ -1,54 +1,35 @@
-"""The one place where labels meet predictions: next-token loss as a sum, and the count of what was summed.
+"""The loss and the gradient of one optimizer step, whatever its micro-batches.
 
-    row      t0 t1 t2 t3 t4
-    label     -  - t2 t3  -       labels stand on their own tokens (-100 elsewhere)
-    state    h0 h1 h2 h3          h_i predicts token i + 1: the one shift
-    trained      h1->t2 h2->t3    only these positions go through the head
+    N = trained tokens of the whole window, counted before the first backward
+    loss = sum over micro-batches of (sum of token losses) / N
 
-A step's loss is the sum over all its trained tokens divided by their number, so it and its gradient do not depend on how rows were
-cut into micro-batches.  Nothing here divides.  Logits of untrained positions are never computed, those of trained ones never held whole
-(see `halfbyte.kernels.linear_cross_entropy`).  For sequence classification a label is one class per row and nothing is shifted.
+A mean of the means of micro-batches would weigh tokens of short rows more; a division by the configured window would shrink the last,
+smaller one.  What a token's loss is stands in `halfbyte.models.token_loss`.
 """
 
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from halfbyte.data.batches import Batch, model_inputs
-from halfbyte.data.tokenize import IGNORED
-from halfbyte.kernels.linear_cross_entropy import linear_cross_entropy
-from halfbyte.models.heads import Head, hidden_of
+from halfbyte.data.batches import Batch
+from halfbyte.models.heads import Head
+from halfbyte.models.token_loss import token_loss_sum, trained_tokens
+from halfbyte.train import faults
 
 
-def shift(labels_BT: Tensor) -> Tensor:
-    """What each position predicts: the label of the next token; the last position predicts nothing.  (B, T) -> (B, T)
-
-    >>> shift(torch.tensor([[-100, 7, 8]]))
-    tensor([[   7,    8, -100]])
-    """
-    return torch.cat([labels_BT[:, 1:], labels_BT.new_full((labels_BT.shape[0], 1), IGNORED)], dim=1)
-
-
-def trained_tokens(batch: Batch) -> int:
-    """Number of labels that the batch's loss sums over; rows, for sequence classification (labels of shape (B,))."""
-    wanted = batch.labels if batch.labels.ndim == 1 else batch.labels[:, 1:]
-    return int((wanted != IGNORED).sum())
-
-
-def token_loss_sum(model: nn.Module, head: Head, batch: Batch) -> tuple[Tensor, int]:
-    """(sum of the token losses as a 0-d tensor with gradient, number of tokens summed over)."""
-    if batch.labels.ndim == 1:
-        return _class_loss_sum(model, batch)
-    targets_BT = shift(batch.labels)
-    trained_BT = targets_BT != IGNORED
-    hidden_BTH = hidden_of(model, batch)
-    hidden_NH, labels_N = hidden_BTH[trained_BT], targets_BT[trained_BT]
-    loss = linear_cross_entropy(hidden_NH, head.weight, labels_N, bias=head.bias, softcap=head.softcap, scale=head.scale)
-    return loss, labels_N.numel()
-
-
-def _class_loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-    """The classifier's case: one label a row, logits (B, classes)."""
-    logits_BC = model(**model_inputs(batch)).logits
-    exact = logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
-    return torch.nn.functional.cross_entropy(exact, batch.labels, ignore_index=IGNORED, reduction="sum"), trained_tokens(batch)
+def accumulate(
+    model: nn.Module, head: Head, window: Sequence[Batch], *, poll: Callable[[], None] = lambda: None
+) -> tuple[Tensor | None, int]:
+    """Add the window's gradient to the parameters; (loss per trained token, trained tokens), or (None, 0) when it trains nothing."""
+    total = sum(trained_tokens(batch) for batch in window)
+    loss: Tensor | None = None
+    for batch in window:
+        poll()
+        faults.point("train.micro_batch")
+        if trained_tokens(batch) == 0:
+            continue
+        part = token_loss_sum(model, head, batch)[0] / total
+        part.backward()
+        loss = part.detach() if loss is None else loss + part.detach()
+    faults.point("train.backward_done")
+    return loss, total

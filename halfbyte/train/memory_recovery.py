@@ -58,7 +58,7 @@ def _cut(batch: Batch, size: int) -> list[Batch]:
         labels = fields["labels"]
         trained = int(((labels if labels.ndim == 1 else labels[:, 1:]) != IGNORED).sum())
         rows = batch.rows[sum(held[:start]) : sum(held[:stop])]
-        parts.append(replace(batch, **fields, rows=rows, trained_tokens=trained))  # type: ignore[arg-type]
+        parts.append(replace(batch, **fields, rows=rows, trained_tokens=trained))
     return parts
 
 

@@ -80,8 +80,8 @@ class RunFolder:
                 nothing_done="Nothing was trained.",
             )
 
-    def open(self, *, resume: bool) -> None:
-        """Make the folder.  Raises ConfigError when it holds a run and `resume` is false, StorageError when it cannot be made."""
+    def check(self, *, resume: bool) -> None:
+        """Raise ConfigError when the folder holds a run and `resume` is false; changes nothing."""
         self.check(resume=resume)
         try:
             self.path.mkdir(parents=True, exist_ok=True)

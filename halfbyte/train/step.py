@@ -1,22 +1,20 @@
 """One optimizer step over a window of micro-batches.
 
-    N = trained tokens of the whole window, counted before the first backward
-    gradient = sum over micro-batches of d(loss sum) / N        cleared only after the update
-    clip once, check once that it is finite, update once
+    accumulate the gradient of all micro-batches (loss.py), clip once, check once that it is finite, update once, clear
 
-The gradient is that of one big batch, whatever the micro-batches.
+Gradients are never cleared between micro-batches and never clipped before the last one.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from halfbyte.data.batches import Batch
+from halfbyte.errors import DoesNotFitError
 from halfbyte.models.heads import Head
-from halfbyte.train import faults
-from halfbyte.train.loss import token_loss_sum, trained_tokens
+from halfbyte.train.loss import accumulate
 
 
 @dataclass(frozen=True)
@@ -42,24 +40,6 @@ class StepResult:
     def finite(self) -> bool:
         """Loss and gradient are numbers."""
         return self.grad_norm - self.grad_norm == 0.0 and self.loss - self.loss == 0.0
-
-
-def accumulate(
-    model: nn.Module, head: Head, window: Sequence[Batch], *, poll: Callable[[], None] = lambda: None
-) -> tuple[Tensor | None, int]:
-    """Add the window's gradient to the parameters; (loss per trained token, trained tokens), or (None, 0) when it trains nothing."""
-    total = sum(trained_tokens(batch) for batch in window)
-    loss: Tensor | None = None
-    for batch in window:
-        poll()
-        faults.point("train.micro_batch")
-        if trained_tokens(batch) == 0:
-            continue
-        part = token_loss_sum(model, head, batch)[0] / total
-        part.backward()
-        loss = part.detach() if loss is None else loss + part.detach()
-    faults.point("train.backward_done")
-    return loss, total
 
 
 def clip(parameters: Sequence[nn.Parameter], max_norm: float | None) -> tuple[float, float]:
@@ -96,10 +76,23 @@ def train_step(
         result = StepResult(float(loss), total, tokens, before, after, True, rows)
         if not result.finite:
             return StepResult(result.loss, total, tokens, before, after, False, rows)
-        optimizer.step()
+        _update(optimizer)
         return result
     finally:
         optimizer.zero_grad(set_to_none=True)
+
+
+def _update(optimizer: torch.optim.Optimizer) -> None:
+    """The update.  Running out of memory in its middle leaves some weights new and some old, so such a step is not tried again."""
+    try:
+        optimizer.step()
+        return
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        found = str(error).splitlines()[0] if str(error) else "no memory"
+    raise DoesNotFitError(
+        "the optimizer's update must fit into memory", code="E-FIT-302", found=found, expected="room for one parameter's update",
+        remedy="set optim.state: int8, a lower lora.rank, or method: qlora, and resume from the last checkpoint",
+    )
 
 
 def real_tokens(batch: Batch) -> int:

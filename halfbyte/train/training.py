@@ -15,18 +15,20 @@ from halfbyte import devices
 from halfbyte.config.run import RunConfig
 from halfbyte.data.batches import Batch, Batches
 from halfbyte.data.load import TrainData
+from halfbyte.data.packing import Packed, pack
+from halfbyte.data.tokenize import Example
 from halfbyte.errors import CheckpointError, HalfbyteError, Interrupted, NumericError
 from halfbyte.evaluate.loss import EvalLoss, evaluate_loss
 from halfbyte.log import logger
 from halfbyte.models.assemble import Assembled
 from halfbyte.models.heads import head_of
+from halfbyte.models.token_loss import token_loss_sum
 from halfbyte.optim import param_groups
 from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.schedules import share_at, warmup_steps
 from halfbyte.train import delivery, faults, header, numeric_check, resolve, samples
 from halfbyte.train.bad_steps import BadSteps
 from halfbyte.train.identity import identity_of, text_digest
-from halfbyte.train.loss import token_loss_sum
 from halfbyte.train.memory_recovery import MicroBatchSize
 from halfbyte.train.metrics import MetricsFile, Observers
 from halfbyte.train.run_folder import RunFolder
@@ -37,18 +39,19 @@ from halfbyte.train.step import StepResult, train_step
 from halfbyte.units import seconds_text
 
 EMA = 0.9
+Items = Sequence[Example] | Sequence[Packed]
 
 
-def length_of(item: Any) -> int:
-    """Tokens of an example or a packed row."""
-    return len(item.input_ids)
+def items_of(config: RunConfig, data: TrainData) -> Items:
+    """What the training batches are made of: the examples, or packed rows of them.  Held-out rows are never packed."""
+    return pack(data.train, data.report.max_tokens) if config.data.packing else data.train
 
 
-def resolved(config: RunConfig, assembled: Assembled, data: TrainData) -> RunConfig:
-    """`config` with every "auto" of training replaced."""
+def resolved(config: RunConfig, assembled: Assembled, data: TrainData, items: Items) -> RunConfig:
+    """`config` with every "auto" of training replaced; `items` are what the batches are made of."""
     return resolve.resolve(
-        config, total_params=assembled.total_params, items=len(data.train), eval_items=len(data.eval),
-        longest=max((length_of(item) for item in [*data.train, *data.eval]), default=1), device=device_of(assembled),
+        config, total_params=assembled.total_params, items=len(items), eval_items=len(data.eval),
+        longest=max(len(item.input_ids) for item in [*items, *data.eval]), device=device_of(assembled),
     )
 
 
@@ -74,16 +77,19 @@ class Training:
     """One run in progress; `config` must be resolved."""
 
     def __init__(
-        self, config: RunConfig, assembled: Assembled, data: TrainData, folder: RunFolder, saver: Saver, stop: Stop,
-        metrics: MetricsFile, audience: Observers,
+        self, config: RunConfig, assembled: Assembled, data: TrainData, items: Items, folder: RunFolder,
+        saver: Saver, stop: Stop, metrics: MetricsFile, audience: Observers,
     ) -> None:
         self.config, self.assembled, self.data, self.folder, self.saver = config, assembled, data, folder, saver
         self.stop, self.metrics, self.audience, self.model = stop, metrics, audience, assembled.model
         self.began, self.seconds_before = time.monotonic(), 0.0
         devices.set_threads(int(config.train.threads))
         self.device = device_of(assembled)
-        self.batches = self._batches(data.train, int(config.train.micro_batch_size), config.train.global_batch_size, config.train.seed)
-        self.total_steps = resolve.total_steps(config, len(data.train))
+        self.items = items
+        self.batches = self._batches(
+            items, int(config.train.micro_batch_size), config.train.global_batch_size, config.train.seed, config.data.workers
+        )
+        self.total_steps = resolve.total_steps(config, len(items))
         warmup_steps(config.optim, self.total_steps)  # refuses a warm-up longer than the run
         self.groups = param_groups.groups(self.model, config.optim, float(config.optim.learning_rate))
         self.optimizer = AdamW(
@@ -103,9 +109,8 @@ class Training:
             template=text_digest(tokenizer.chat_template), data=data.digest,
         )
 
-    def _batches(self, items: Sequence[Any], micro: int, per_window: int, seed: int, workers: int | None = None) -> Batches:
+    def _batches(self, items: Items, micro: int, per_window: int, seed: int, workers: int) -> Batches:
         pad = self.assembled.tokenizer.pad_token_id or 0
-        workers = self.config.data.workers if workers is None else workers
         return Batches(items, micro_batch_size=micro, global_batch_size=per_window, seed=seed, pad_id=pad, workers=workers)
 
     # -- start ------------------------------------------------------------------------------------------------------------------
@@ -283,10 +288,11 @@ class Training:
     def evaluate(self) -> EvalLoss:
         """Held-out loss of the model as it is; looks for signals between batches."""
         size = int(self.config.train.micro_batch_size)
-        batches = self._batches(self.data.eval, size, size, 0, workers=0)
+        batches = self._batches(self.data.eval, size, size, seed=0, workers=0)
         window = [batch.to(self.device) for part in batches.epoch(0) for batch in part]
         return self.eval_micro.run(
-            lambda parts: evaluate_loss(self.model, self.stop.watched(parts)), window, step=self.progress.step, on_change=self.note
+            lambda parts: evaluate_loss(self.model, self.stop.watched(parts), head=self.head), window,
+            step=self.progress.step, on_change=self.note,
         )
 
     def _evaluate(self) -> bool:
@@ -300,10 +306,11 @@ class Training:
                 expected="a finite number", remedy="lower optim.learning_rate and resume from the last checkpoint",
             )
         state = self.progress
-        best = state.best_metric is None or found.loss < state.best_metric
+        # the untouched model is the mark to beat in the report, not something to deliver
+        best = state.step > 0 and (state.best_metric is None or found.loss < state.best_metric)
         if best:
             state.best_metric, state.best_step, state.evals_without_gain = found.loss, state.step, 0
-        else:
+        elif state.step > 0:
             state.evals_without_gain += 1
         state.evaluated_step = state.step
         record = {
