@@ -87,7 +87,7 @@ def inert_problems(run: RunConfig) -> list[Problem]:
     """One problem for each setting that was written down and does nothing; `null` and `false` that say "off" are no setting."""
     return [
         Problem(
-            "E-CONF-070", "this setting has no effect here", (key, row.because),
+            "E-CONF-170", "this setting has no effect here", (key, row.because),
             found=f"{key}={text_of(value_at(run, key))} with {row.because}={text_of(value_at(run, row.because))}: {row.why}",
             remedy=f"leave {key} out, or change {row.because}",
         )

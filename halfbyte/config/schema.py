@@ -50,7 +50,7 @@ def markdown() -> str:
     lines += ["## What does not go together", "", "| code | rule | settings | remedy |", "|---|---|---|---|"]
     for clash in (*LORA_CLASHES, *RUN_CLASHES):
         lines.append(f"| {clash.code} | {clash.rule} | {', '.join(f'`{key}`' for key in clash.keys)} | {clash.remedy} |")
-    lines += ["", "## What has no effect", "", "Such a setting is refused when it is written down (E-CONF-070), not ignored.", ""]
+    lines += ["", "## What has no effect", "", "Such a setting is refused when it is written down (E-CONF-170), not ignored.", ""]
     lines += ["| settings | decided by | why |", "|---|---|---|"]
     lines += [f"| {', '.join(f'`{key}`' for key in row.keys)} | `{row.because}` | {row.why} |" for row in INERT]
     return "\n".join(lines) + "\n"

@@ -31,7 +31,8 @@ def _fault(code: str, rule: str, place: str, found: str = "", expected: str = ""
 def read_text(path: Path) -> str:
     """The text of a settings file; raises ConfigError when it is missing, no plain file, too large or not UTF-8."""
     if not path.exists():
-        raise _fault("E-CONF-002", "the settings file does not exist", str(path), remedy="name an existing .yaml file")
+        raise _fault("E-CONF-002", "the settings file does not exist", str(path),
+                     remedy="name an existing .yaml file; a single setting is written key=value")  # fmt: skip
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "neither a file nor a folder"
         raise _fault("E-CONF-003", "settings are read from a plain file", str(path), kind, remedy="name a .yaml file")
