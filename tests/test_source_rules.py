@@ -150,9 +150,9 @@ def rules_by_code() -> dict[str, set[str]]:
                 for keyword in node.keywords:
                     if keyword.arg == "code" and isinstance(keyword.value, ast.Constant):
                         rules[str(keyword.value.value)].add(_text(node.args[0]))
-                first = node.args[0]
-                if file.startswith("config/") and _dotted(node.func) in CODE_FIRST and isinstance(first, ast.Constant) and CODE.match(str(first.value)):
-                    rules[str(first.value)].add(_text(node.args[1]))
+                code = _text(node.args[0])
+                if file.startswith("config/") and _dotted(node.func) in CODE_FIRST and CODE.match(code):
+                    rules[code].add(_text(node.args[1]))
     return rules
 
 

@@ -9,6 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from halfbyte.config import RunConfig, load_config, read_settings, to_yaml
+from halfbyte.config.field_problems import setting_names
+from halfbyte.config.rules import value_at
 from halfbyte.config.yaml_text import dump, parse, scalar
 from halfbyte.errors import ConfigError
 
@@ -122,6 +124,46 @@ def test_what_is_written_reads_back_equal_and_plainly(overrides: list[str], tmp_
     assert to_yaml(again) == text
     assert "!!" not in text
     assert yaml.safe_load(text)["data"]["path"] == "rows.jsonl"
+
+
+EVERY_SETTING = """
+method: qlora
+out: runs/every
+model: {name: folder, revision: abc, allow_download: true, dtype: float32, attention: eager, template: chat.jinja}
+quant: {format: fp4, blocksize: 128, double_quant: false, skip: [gate], quantize_head: true}
+lora:
+  {rank: 8, alpha: 24.0, dropout: 0.1, targets: [q_proj, v_proj], exclude: [o_proj], rslora: true, dora: true, init: loftq,
+   loftq_iterations: 2, ranks: {k_proj: 4}, alphas: {k_proj: 2.0}, lora_bias: false, train_bias: lora_only,
+   fully_trained: [embed_tokens], dtype: bfloat16, layers: [0, 2]}
+data:
+  {path: rows.jsonl, eval_rows: 20, shape: messages, max_tokens: 256, long_rows: cut-prompt, packing: true, train_on: last-assistant,
+   skip_bad_rows: 3, max_rows: 900, workers: 2, strict: true}
+optim:
+  {learning_rate: 0.003, schedule: linear, final_lr_share: 0.2, warmup_share: 0.1, betas: [0.8, 0.95], eps: 1e-7, weight_decay: 0.01,
+   clip_norm: 0.5, state: int8, paged: true, lora_plus_ratio: 4.0, embedding_lr: 0.0001}
+train:
+  {epochs: 2.5, micro_batch_size: 2, global_batch_size: 8, gradient_checkpointing: true, eval_every_steps: 5, save_every_steps: 7,
+   log_every_steps: 2, keep_checkpoints: 4, early_stop_patience: 6, keep_best: false, seed: 11, trackers: [tensorboard],
+   on_nan: rollback, threads: 2, sample_prompts: 1, verify_checkpoints: false}
+"""
+EVERY_OTHER_SETTING = """
+data: {path: rows.csv, eval_path: held.csv, shape: classification, text_field: body, label_field: kind}
+model: {task: sequence-classification, labels: [a, b]}
+optim: {warmup_steps: 3}
+train: {max_steps: 30}
+"""
+
+
+def test_every_setting_survives_writing(tmp_path: Path) -> None:  # T44
+    """Two files that together set every setting to something else than its default; each comes back whole."""
+    default = load_config(None, ["data=-"])
+    changed: set[str] = set()
+    for text in (EVERY_SETTING, EVERY_OTHER_SETTING):
+        config = _load(tmp_path, text)
+        (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        assert load_config(tmp_path / "config.yaml") == config
+        changed |= {name for name in setting_names(RunConfig) if value_at(config, name) != value_at(default, name)}
+    assert set(setting_names(RunConfig)) - changed == {"method", "lora.lora_bias"}
 
 
 def test_a_run_with_resolved_values_still_reads_back(tmp_path: Path) -> None:
