@@ -26,7 +26,9 @@ from halfbyte import surgery
 from halfbyte.errors import HalfbyteError, ModelError, WeightError, nearest
 from halfbyte.formats import bnb4bit
 from halfbyte.quant import blockwise
+from halfbyte.quant.codebooks import CODEBOOKS
 from halfbyte.quant.dense import is_conv1d, is_linear_like, shape_of
+from halfbyte.quant.experts import QuantExperts, is_experts
 from halfbyte.quant.linear import STATE_BUFFERS, QuantLinear
 from halfbyte.quant.quant_state import QuantState
 
@@ -60,7 +62,7 @@ class LoadConfig(QuantizationConfigMixin):
         self, format: str = "nf4", blocksize: int = 64, double_quant: bool = True, skip: Sequence[str] = (), quantize_head: bool = False,
         stored: Sequence[str] = (), report: Report | None = None, **ignored: object,
     ) -> None:  # fmt: skip
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]
         self.format, self.blocksize, self.double_quant = format, blocksize, double_quant
         self.skip, self.quantize_head, self.stored = list(skip), quantize_head, list(stored)
         self.report = report or Report()
@@ -100,6 +102,8 @@ class QuantizeArriving(ConversionOps):
 def _packed(model: nn.Module, name: str, tensor: torch.Tensor, config: LoadConfig) -> dict[str, torch.Tensor]:
     prefix = name.rpartition(".")[0]
     module = model.get_submodule(prefix)
+    if isinstance(module, QuantExperts):
+        return _packed_experts(module, prefix, name.rpartition(".")[2], tensor)
     assert isinstance(module, QuantLinear)
     wanted = (module.out_features, module.in_features)
     if prefix in config.report.transposed:
@@ -108,6 +112,19 @@ def _packed(model: nn.Module, name: str, tensor: torch.Tensor, config: LoadConfi
         raise wrong_shape(name, tuple(tensor.shape), wanted)
     stored, state = blockwise.quantize(tensor.to(module.dtype), config.format, config.blocksize, config.double_quant, name)
     return _filled(module, prefix, stored, state)
+
+
+def _packed_experts(module: QuantExperts, prefix: str, last: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    count, rows, columns = module.shapes[last]
+    wanted = (count, columns, rows) if module.is_transposed else (count, rows, columns)
+    if tuple(tensor.shape) != wanted:
+        raise wrong_shape(f"{prefix}.{last}", tuple(tensor.shape), wanted)
+    made = module.parts(last, tensor.to(module.dtype), f"{prefix}.{last}")
+    if module.format != "int8":
+        made["codebook"] = CODEBOOKS[module.format].clone()
+    if module.double_quant:
+        made["nested_codebook"] = CODEBOOKS["dynamic-signed"].clone()
+    return {f"{prefix}.{key}": value for key, value in made.items()}
 
 
 def _filled(module: QuantLinear, prefix: str, stored: torch.Tensor, state: QuantState) -> dict[str, torch.Tensor]:
@@ -157,19 +174,16 @@ class Quantizer(HfQuantizer):
         names = _stored_layers(model, config.stored) if config.stored else layers_to_quantize(model, config.skip, config.quantize_head)
         for name in names:
             old = model.get_submodule(name)
-            rows, columns = shape_of(old)
-            new = QuantLinear.empty(
-                columns, rows, bias=getattr(old, "bias", None) is not None, format=config.format, blocksize=config.blocksize,
-                double_quant=config.double_quant, dtype=old.get_parameter("weight").dtype, device="meta",
-            )  # fmt: skip
             if is_conv1d(old):
                 config.report.transposed.add(name)
-            surgery.replace(model, name, new)
+            surgery.replace(model, name, _empty(old, config))
         config.report.quantized = names
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **ignored: object) -> bool:
         module, last = get_module_from_name(model, param_name)
+        if isinstance(module, QuantExperts):
+            return last in module._buffers
         return isinstance(module, QuantLinear) and last in STATE_BUFFERS
 
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
@@ -200,22 +214,34 @@ class Quantizer(HfQuantizer):
         return True
 
 
+def _empty(old: nn.Module, config: LoadConfig) -> nn.Module:
+    """The packed layer without values that waits in the place of `old`."""
+    if is_experts(old):
+        return QuantExperts(old, config.format, config.blocksize, config.double_quant, device="meta")
+    rows, columns = shape_of(old)
+    return QuantLinear.empty(
+        columns, rows, bias=getattr(old, "bias", None) is not None, format=config.format, blocksize=config.blocksize,
+        double_quant=config.double_quant, dtype=old.get_parameter("weight").dtype, device="meta",
+    )  # fmt: skip
+
+
 # -- which layers -------------------------------------------------------------------------------------------------------
 
 
 def layers_to_quantize(model: nn.Module, skip: Sequence[str] = (), quantize_head: bool = False) -> list[str]:
-    """Names of the linear layers to pack, in definition order; raises ModelError where a pattern of `skip` matches no layer."""
-    linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear or is_conv1d(module)}
-    left = {name: reason for name, module in linear.items() if (reason := reason_to_leave(model, name, module, quantize_head))}
+    """Names of the layers and fused experts to pack, in definition order; raises ModelError where a pattern of `skip` matches nothing."""
+    found = {name: module for name, module in model.named_modules() if type(module) is nn.Linear or is_conv1d(module) or is_experts(module)}
+    left = {name: reason for name, module in found.items() if (reason := reason_to_leave(model, name, module, quantize_head))}
     for pattern in skip:
-        named = [name for name in linear if matches(name, pattern)]
+        named = [name for name in found if matches(name, pattern)]
         if not named:
             raise ModelError(
                 "each pattern of quant.skip must match a layer", code="E-MODEL-041", place="quant.skip", found=repr(pattern),
-                expected="a layer name, a part of one between dots, or a pattern with *", remedy=nearest(pattern, {n.rpartition(".")[2] for n in linear}),
+                expected="a layer name, a part of one between dots, or a pattern with *",
+                remedy=nearest(pattern, {name.rpartition(".")[2] for name in found}),
             )  # fmt: skip
         left.update(dict.fromkeys(named, "asked for"))
-    return [name for name in linear if name not in left]
+    return [name for name in found if name not in left]
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -235,6 +261,8 @@ def reason_to_leave(model: nn.Module, name: str, module: nn.Module, quantize_hea
         return "tied to the embedding" if model.config.get_text_config().tie_word_embeddings else ""  # type: ignore[union-attr, operator]
     if not name.startswith(f"{model.base_model_prefix}."):
         return "classification head"
+    if is_experts(module):
+        return ""
     if _is_router(model, name, module):
         return "router"
     parent, _, last = name.rpartition(".")
@@ -251,7 +279,8 @@ def _is_router(model: nn.Module, name: str, module: nn.Module) -> bool:
         return False
     if _ROUTER_WORDS & set(name.split(".")):
         return True
-    return shape_of(module)[0] in counts and "experts" in {child for child, _ in model.get_submodule(name.rpartition(".")[0]).named_children()}
+    beside = {child for child, _ in model.get_submodule(name.rpartition(".")[0]).named_children()}
+    return shape_of(module)[0] in counts and "experts" in beside
 
 
 @cache
