@@ -74,7 +74,7 @@ def restart(run_folder: Path) -> int:
     """What the next process does: lock, clean, load.  Returns the step it goes on from (0: from the start)."""
     with Saver(run_folder) as saver:
         if saver.folder.is_dir():
-            assert leftovers(saver.folder) == []
+            assert leftovers(saver.folder) == [] and checkpoint.scan(saver.folder).skipped == []
         if newest_valid(run_folder) == 0:
             return 0
         loaded = saver.load_newest(IDENTITY)

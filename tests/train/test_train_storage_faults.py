@@ -88,6 +88,14 @@ def test_one_io_error_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
     require_is(checkpoint.load_newest(saver.folder).state, 1)
 
 
+def test_a_short_write_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, content: real(descriptor, content[:100]))
+    checkpoint.save(tmp_path / "checkpoints", state_at(1), verify=False)
+    monkeypatch.undo()
+    require_is(checkpoint.load_newest(tmp_path / "checkpoints").state, 1)
+
+
 def test_a_file_whose_sync_failed_is_never_synced_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a failed fsync the kernel may call lost bytes clean; so each file is synced once, and a new attempt has new files."""
     synced: list[str] = []
