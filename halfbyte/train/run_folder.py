@@ -80,8 +80,8 @@ class RunFolder:
                 nothing_done="Nothing was trained.",
             )
 
-    def check(self, *, resume: bool) -> None:
-        """Raise ConfigError when the folder holds a run and `resume` is false; changes nothing."""
+    def open(self, *, resume: bool) -> None:
+        """Make the folder.  Raises ConfigError as `check` does, StorageError when it cannot be made."""
         self.check(resume=resume)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
