@@ -270,7 +270,8 @@ def combined(problems: Iterable[Problem]) -> DataError:
         lines.append(f"also {at}: {problem.found}" + ("" if alike else f" ({problem.code}: {RULES[problem.code].rule})"))
     if len(every) > SHOWN:
         lines.append(f"and {len(every) - SHOWN:,} more")
-    lines.append(f"{len(every):,} problems in {len({(problem.file, problem.line) for problem in every}):,} rows")
+    count = len({(problem.file, problem.line) for problem in every})
+    lines.append(f"{len(every):,} problems in {count:,} row{'s' if count > 1 else ''}")
     return error_of(first, found="\n".join(lines))
 
 

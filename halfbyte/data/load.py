@@ -15,11 +15,12 @@ from typing import Any
 
 from halfbyte.config.data import DataConfig
 from halfbyte.data.encoding import Encoder
-from halfbyte.data.faults import Problem, error_of
+from halfbyte.data.faults import Problem, Problems, error_of
 from halfbyte.data.rows import Rows, part_of_folder, read_rows
 from halfbyte.data.samples import Conversation, Sample, Shape, detect, samples_of
 from halfbyte.data.templates import Template, from_tokenizer
 from halfbyte.data.tokenize import DataReport, Example, Tokenized, class_names, tokenize
+from halfbyte.errors import DataError
 
 FORMAT = "halfbyte data 1"
 EVAL_SHARE, EVAL_MOST = 0.1, 200
@@ -55,10 +56,8 @@ def load_data(
 
     Raises DataError, and ModelError for a template that is missing or breaks a limit.
     """
-    rows = read_rows(config.path, skip_bad_rows=config.skip_bad_rows, max_rows=config.max_rows)
-    shape = detect(rows.rows, config.shape, text_field=config.text_field, label_field=config.label_field)
-    notes = list(rows.notes)
-    samples = samples_of(rows.rows, shape, skip_bad_rows=config.skip_bad_rows - rows.skipped, notes=notes)
+    notes: list[str] = []
+    rows, shape, samples = read_samples(config.path, config, config.shape, notes, config.max_rows)
     held_out, eval_digest = _eval_samples(config, shape, notes)
     duplicates = _duplicates(samples, config)
     if held_out is None:
@@ -96,6 +95,22 @@ def load_data(
     )
 
 
+def read_samples(
+    path: str | Path, config: DataConfig, shape: str, notes: list[str], max_rows: int | None = None
+) -> tuple[Rows, Shape, list[Sample]]:
+    """Rows, shape and samples of a file, all that is wrong with its rows told at once; notes are added to `notes`."""
+    problems = Problems(config.skip_bad_rows)
+    rows = read_rows(path, max_rows=max_rows, problems=problems)
+    try:
+        found = detect(rows.rows, shape, text_field=config.text_field, label_field=config.label_field)
+    except DataError:
+        problems.settle()  # lines that cannot be read come first
+        raise
+    samples = samples_of(rows.rows, found, problems=problems)
+    notes += [*rows.notes, *problems.settle()]
+    return rows, found, samples
+
+
 def _template(template: Template | str | Path | None, tokenizer: Any, shape: Shape, now: datetime.datetime | None) -> Template:
     return template if isinstance(template, Template) else from_tokenizer(tokenizer, template, shape=shape.name, now=now)
 
@@ -105,10 +120,8 @@ def _eval_samples(config: DataConfig, shape: Shape, notes: list[str]) -> tuple[l
     path: str | Path | None = config.eval_path or part_of_folder(config.path, "eval")
     if path is None:
         return None, ""
-    rows = read_rows(path, skip_bad_rows=config.skip_bad_rows)
-    notes += rows.notes
-    found = detect(rows.rows, shape.name, text_field=config.text_field, label_field=config.label_field)
-    return samples_of(rows.rows, found, skip_bad_rows=config.skip_bad_rows - rows.skipped, notes=notes), rows.digest
+    rows, _, samples = read_samples(path, config, shape.name, notes)
+    return list(samples), rows.digest
 
 
 def content_hash(sample: Sample) -> str:

@@ -49,15 +49,18 @@ class Rows:
     skipped: int = 0
 
 
-def read_rows(path: str | Path, *, skip_bad_rows: int = 0, max_rows: int | None = None) -> Rows:
-    """Read all rows of a file, folder (its training file), pattern or hub data set; raises DataError for what cannot be read."""
+def read_rows(path: str | Path, *, skip_bad_rows: int = 0, max_rows: int | None = None, problems: Problems | None = None) -> Rows:
+    """Read all rows of a file, folder (its training file), pattern or hub data set; raises DataError for what cannot be read.
+
+    With `problems`, bad rows are only noted there, for the caller to settle together with what else is wrong with the file.
+    """
     if str(path).startswith("hub:"):
         values, digest = hub.read(str(path), max_rows)
         found = [Row(row, str(path), number, "row") for number, row in enumerate(values, 1)]
         if not found:
             raise error_of(Problem("E-DATA-008", str(path), found="0 rows"))
         return Rows(found, [], digest)
-    problems = Problems(skip_bad_rows)
+    bad = Problems(skip_bad_rows) if problems is None else problems
     rows: list[Row] = []
     notes: list[str] = []
     digest_of_all = hashlib.sha256()
@@ -65,14 +68,15 @@ def read_rows(path: str | Path, *, skip_bad_rows: int = 0, max_rows: int | None 
         left = None if max_rows is None else max_rows - len(rows)
         if left == 0:
             break
-        more, said, digest = _read_file(file, problems, left)
+        more, said, digest = _read_file(file, bad, left)
         rows += more
         notes += said
         digest_of_all.update(digest.encode())
-    notes += problems.settle()
+    if problems is None or not rows:
+        notes += bad.settle()
     if not rows:
         raise error_of(Problem("E-DATA-008", str(path), found=f"no rows ({_size_text(path)})"))
-    return Rows(rows, notes, digest_of_all.hexdigest(), problems.bad_rows)
+    return Rows(rows, notes, digest_of_all.hexdigest(), bad.bad_rows)
 
 
 def part_of_folder(path: str | Path, part: str) -> Path | None:

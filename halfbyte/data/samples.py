@@ -168,8 +168,9 @@ def _shape_of(row: Row, shapes: dict[str, _Fields]) -> str | None:
 def _one_shape(rows: Sequence[Row], names: Sequence[str | None], columns: Counter[str]) -> str:
     counts = Counter(name for name in names if name is not None)
     if not counts:
-        near = [nearest(name, ("prompt", "completion", "messages", "conversations", "instruction", "output", "text")) for name in columns]
-        remedy = "; ".join(f"{name}: {word}" for name, word in zip(columns, near) if word)
+        known = ("prompt", "completion", "messages", "conversations", "instruction", "output", "text")
+        near = {name: nearest(name, known) for name in columns if name not in known}
+        remedy = "; ".join(f"{name}: {word}" for name, word in near.items() if word)
         raise error_of(
             Problem(
                 "E-DATA-040",
@@ -190,18 +191,20 @@ def _one_shape(rows: Sequence[Row], names: Sequence[str | None], columns: Counte
     return counts.most_common(1)[0][0]
 
 
-def samples_of(rows: Sequence[Row], shape: Shape, *, skip_bad_rows: int = 0, notes: list[str] | None = None) -> list[Sample]:
-    """The samples of all rows; every problem of the file is told in one DataError, up to `skip_bad_rows` bad rows are left out."""
-    problems = Problems(skip_bad_rows)
+def samples_of(rows: Sequence[Row], shape: Shape, *, skip_bad_rows: int = 0, problems: Problems | None = None) -> list[Sample]:
+    """The samples of all rows; every problem of the file is told in one DataError, up to `skip_bad_rows` bad rows are left out.
+
+    With `problems`, bad rows are only noted there, for the caller to settle.
+    """
+    bad = Problems(skip_bad_rows) if problems is None else problems
     samples: list[Sample] = []
     for number, row in enumerate(rows):
-        before = len(problems.found)
-        sample = READERS[shape.name](_Reader(row, number, problems), shape)
-        if sample is not None and len(problems.found) == before:
+        before = len(bad.found)
+        sample = READERS[shape.name](_Reader(row, number, bad), shape)
+        if sample is not None and len(bad.found) == before:
             samples.append(sample)
-    said = problems.settle()
-    if notes is not None:
-        notes += said
+    if problems is None:
+        bad.settle()
     return samples
 
 
@@ -210,6 +213,7 @@ class _Reader:
 
     def __init__(self, row: Row, number: int, problems: Problems) -> None:
         self.row, self.number, self.problems, self.values = row, number, problems, row.values
+        self.before = len(problems.found)
 
     def bad(self, code: str, field_name: str, found: str, remedy: str = "", expected: str = "") -> None:
         self.problems.add(Problem(code, self.row.file, self.row.line, field_name, found, expected, remedy, self.row.unit))
@@ -287,8 +291,8 @@ class _Reader:
     def conversation(self, messages: list[Message], name: str, *, chat: bool = True) -> Conversation | None:
         """The conversation, when its order of roles can be trained on."""
         roles = [message.role for message in messages]
-        if not roles:
-            return None
+        if not roles or len(self.problems.found) > self.before:
+            return None  # the order of the roles tells nothing while a message is missing
         if "system" in roles[1:]:
             at = roles.index("system", 1)
             self.bad(
@@ -302,7 +306,7 @@ class _Reader:
 
 
 def _kind(value: object) -> str:
-    kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", type(None): "null"}
+    kinds = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", type(None): "null"}
     return kinds.get(type(value), type(value).__name__)
 
 

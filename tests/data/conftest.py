@@ -46,14 +46,16 @@ def words(seed: int, count: int) -> list[str]:
 def _corpus() -> list[str]:
     listed = words(1, 4000)
     texts = [" ".join(listed[at: at + 12]) + ".\n" for at in range(0, len(listed), 12)]
-    return texts + [source_of(name) for name in SPECIALS] + ["user assistant system model tool think\n\n 0 1 2 3 4 5 6 7 8 9 , . ! ? é ü 漢字 🙂"]
+    marks = "user assistant system model tool think\n\n 0 1 2 3 4 5 6 7 8 9 , . ! ? é ü 漢字 🙂"
+    return [*texts, *[source_of(name) for name in SPECIALS], marks]
 
 
 def _bpe() -> Tokenizer:
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=ALL_SPECIALS, show_progress=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, special_tokens=ALL_SPECIALS, show_progress=False)
     made.train_from_iterator(_corpus(), trainer)
     return made
 
