@@ -12,6 +12,7 @@ from halfbyte import devices
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import peft
 from halfbyte.lora.tensors import collected
+from halfbyte.models.recompute import stop_recomputing
 from halfbyte.models.save import save_dense
 from halfbyte.train import checkpoint, samples
 from halfbyte.train.state import trainables_of
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 def deliver(training: "Training") -> dict[str, Any]:
     """Put the best weights into the model, write adapter or model, samples and summary; the fields of `TrainResult`."""
     delivered = load_best(training)
+    if training.config.train.gradient_checkpointing:
+        stop_recomputing(training.model)
     training.model.eval()
     adapter, model = None, None
     assembled, folder = training.assembled, training.folder

@@ -51,7 +51,7 @@ def answers(training: "Training") -> list[dict[str, str]]:
 
 def write_before(training: "Training") -> None:
     """samples.json with the answers of the model as it came."""
-    rows = [{**row, "before": row.pop("answer")} for row in answers(training)]
+    rows = [{"prompt": row["prompt"], "reference": row["reference"], "before": row["answer"]} for row in answers(training)]
     if rows:
         training.folder.write_json(training.folder.samples, rows)
 

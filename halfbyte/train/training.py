@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from halfbyte import devices
 from halfbyte.config.run import RunConfig
@@ -22,6 +21,7 @@ from halfbyte.evaluate.loss import EvalLoss, evaluate_loss
 from halfbyte.log import logger
 from halfbyte.models.assemble import Assembled
 from halfbyte.models.heads import head_of
+from halfbyte.models.recompute import recompute
 from halfbyte.models.token_loss import token_loss_sum
 from halfbyte.optim import param_groups
 from halfbyte.optim.adamw import AdamW
@@ -58,19 +58,6 @@ def resolved(config: RunConfig, assembled: Assembled, data: TrainData, items: It
 def device_of(assembled: Assembled) -> torch.device:
     """Where the trainable parameters are."""
     return next(parameter.device for parameter in assembled.model.parameters() if parameter.requires_grad)
-
-
-def recompute(model: nn.Module) -> None:
-    """Keep only each layer's input and compute the rest again in the backward pass; non-reentrant, which needs no trained input."""
-    # the method's name before transformers 5.20 or so was gradient_checkpointing_enable
-    switch = "activation_checkpointing_enable" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing_enable"
-    getattr(model, switch)({"use_reentrant": False})
-
-
-def stop_recomputing(model: nn.Module) -> None:
-    """Undo `recompute`."""
-    switch = "activation_checkpointing_disable" if hasattr(model, "activation_checkpointing_disable") else "gradient_checkpointing_disable"
-    getattr(model, switch)()
 
 
 class Training:
