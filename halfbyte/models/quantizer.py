@@ -17,7 +17,7 @@ from functools import cache
 
 import torch
 from torch import nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -43,12 +43,14 @@ class Report:
     fault       the first error of a conversion; transformers would turn it into text
     quantized   names of the layers that are packed
     transposed  those that keep (in, out) in the file
+    renaming    transformers' conversions between the names and layouts of the file and those of the model, for writing it back
     """
 
     def __init__(self) -> None:
         self.fault: HalfbyteError | None = None
         self.quantized: list[str] = []
         self.transposed: set[str] = set()
+        self.renaming: list[WeightTransform] = []
 
     def __deepcopy__(self, memo: object) -> "Report":
         return self
@@ -180,6 +182,13 @@ class Quantizer(HfQuantizer):
         config.report.quantized = names
         return model
 
+    def _process_model_after_weight_loading(self, model: nn.Module, **ignored: object) -> nn.Module:
+        """A packed model saves its buffers as they are (Trainer's checkpoints); models/save.py turns names back with `renaming`."""
+        used = [one for one in model._weight_conversions if not any(isinstance(op, ReadPacked) for op in getattr(one, "operations", ()))]
+        self.quantization_config.report.renaming = used
+        model._weight_conversions = []  # type: ignore[assignment]  # the loader's own record on this instance
+        return model
+
     def param_needs_quantization(self, model: nn.Module, param_name: str, **ignored: object) -> bool:
         module, last = get_module_from_name(model, param_name)
         if isinstance(module, QuantExperts):
@@ -200,8 +209,8 @@ class Quantizer(HfQuantizer):
         return [WeightConverter([*parts[1:], parts[0]], "weight", [ReadPacked(self)])]
 
     def is_serializable(self, *ignored: object, **also_ignored: object) -> bool:
-        """transformers' own save_pretrained would write our buffers under our names; models/save.py writes the shared format."""
-        return False
+        """Trainer's checkpoints hold the packed buffers under the names of the modules; models/save.py writes the shared format."""
+        return True
 
     @property
     def is_trainable(self) -> bool:
