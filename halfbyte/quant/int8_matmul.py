@@ -1,6 +1,6 @@
 """Activations times a frozen int8 weight in rows (LLM.int8()), differentiable in the activations only.
 
-    y = x @ (int8 * (rowmax / 127)).T        the weight dequantized in fp32, rounded to the dtype it had, cast to x's
+    y = x @ (int8 * rowmax * (1/127)).T      the weight dequantized in fp32, rounded to the dtype it had, cast to x's
 
 Activations stay in floating point: the int8 x int8 product with its outlier columns is an inference device and is not used here.
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 
 def dense_rows(stored_OI: Tensor, absmax_O: Tensor, dtype: torch.dtype) -> Tensor:
-    """(O, I) of `dtype`: int8 * (rowmax * (1/127)) in fp32, rounded once."""
-    return (stored_OI.float() * (absmax_O[:, None] * (1 / 127))).to(dtype)
+    """(O, I) of `dtype`: (int8 * rowmax) * (1/127) in fp32 in this order, then rounded to `dtype`."""
+    return (stored_OI.float().mul_(absmax_O[:, None]).mul_(1 / 127)).to(dtype)
 
 
 class _MatmulInt8(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
     absmax_b = max |x_i| over block b                       (fp32; 16-bit inputs are widened first)
     s_i      = x_i * (1 / max(absmax_b, 1e-38))             full blocks: reciprocal, then multiply
-    s_i      = x_i / absmax_b,  absmax_b = max(absmax_b, 1e-38)   the last, shorter block: divide
+    s_i      = x_i / max(absmax_b, 1e-38)                   the last, shorter block: divide; of 16 levels it also stores that maximum
     index_i  = number of thresholds t_j with s_i > t_j,  t_j = fp32 midpoints of the sorted codebook
 
 A codebook of 16 levels packs two indices per byte, high nibble first; an odd last element is paired with the index of 0.

@@ -59,8 +59,7 @@ def _scale_block(x: np.ndarray, mask: Any, value_of: Callable[[Any], Any], block
     if x.size == blocksize:
         _times(x, np.float32(1) / max(top, _SMALLEST), value_of, scaled)
     else:
-        top = max(top, _SMALLEST)
-        _over(x, top, value_of, scaled)
+        _over(x, max(top, _SMALLEST), value_of, scaled)
     return top
 
 
@@ -101,7 +100,8 @@ def pack_range(
         start = block * blocksize
         size = min(blocksize, x.size - start)
         even = size + size % 2
-        absmax[block] = _scale_block(x[start : start + size], mask, value_of, blocksize, scaled)
+        top = _scale_block(x[start : start + size], mask, value_of, blocksize, scaled)
+        absmax[block] = top if size == blocksize else max(top, _SMALLEST)
         scaled[size:even] = 0
         _rank(scaled[:even], thresholds, ranks)
         _join(ranks, pairs, packed[start // 2 : (start + even) // 2])

@@ -21,9 +21,10 @@ def quantize_blockwise(x: Tensor, codebook: Tensor, blocksize: int) -> tuple[Ten
     absmax_N = blocks_NK.abs().amax(dim=1) if whole else flat.new_empty(0)
     scaled = (blocks_NK * (1.0 / absmax_N.clamp(min=SMALLEST))[:, None]).reshape(-1)
     if whole < count:
-        last = flat[whole:].abs().max().clamp(min=SMALLEST)
-        absmax_N = torch.cat([absmax_N, last[None]])
-        scaled = torch.cat([scaled, flat[whole:] / last])
+        last = flat[whole:].abs().max()
+        divisor = last.clamp(min=SMALLEST)
+        absmax_N = torch.cat([absmax_N, (divisor if codebook.numel() == 16 else last)[None]])
+        scaled = torch.cat([scaled, flat[whole:] / divisor])
     thresholds, order = thresholds_of(codebook)
     if codebook.numel() == 16 and count % 2:
         scaled = torch.nn.functional.pad(scaled, (0, 1))
