@@ -62,11 +62,16 @@ def load_adapter(
     if base_digest and adapter.base_digest and base_digest != adapter.base_digest and not allow_other_base:
         raise AdapterError(
             "an adapter belongs to the base it was trained on", code="E-ADAPT-060", place=str(folder),
-            found=f"trained on {adapter.base_name or 'a base'} ({adapter.base_digest[:12]}), this is {own_name(model) or 'another'} ({base_digest[:12]})",
+            found=f"trained on {adapter.base_name} ({adapter.base_digest[:12]}), this is {own_name(model)} ({base_digest[:12]})",
             expected="the same weights", remedy="load that base, or say that the other base is meant (--force-base)",
             nothing_done="Nothing was loaded.",
         )  # fmt: skip
-    _require_modules(model, adapter, folder)
+    return put_in(model, adapter, folder)
+
+
+def put_in(model: nn.Module, adapter: peft.PeftAdapter, folder: Path | str) -> Injected:
+    """Inject a checked adapter and give it its values; on AdapterError the model is as it was."""
+    require_fit(model, adapter, folder)
     done = inject(model, adapter.config)
     try:
         if set(done.names) != set(adapter.kinds):
@@ -82,7 +87,7 @@ def load_adapter(
     return done
 
 
-def _require_modules(model: nn.Module, adapter: peft.PeftAdapter, folder: Path | str) -> None:
+def require_fit(model: nn.Module, adapter: peft.PeftAdapter, folder: Path | str) -> None:
     """Every module of the adapter exists and can carry one; else say how many tensors match."""
     if updates(model):
         raise AdapterError("a model carries one adapter at a time", code="E-ADAPT-062", place=str(folder), remedy="eject the other first",

@@ -161,6 +161,8 @@ def read(folder: Path, *, allow_untrained: bool = False) -> PeftAdapter:
     """The adapter of a folder.  AdapterError or WeightError says which file, key or tensor is not as it must be."""
     _require_files(folder)
     raw = read_config(folder)
+    if raw["use_dora"] and raw["lora_bias"]:
+        raise refused("E-ADAPT-047", "a DoRA update has no bias of its own", f"{folder}, key lora_bias", "true", "false")
     named = from_peft(load_tensors(folder / WEIGHTS_NAME), raw, folder)
     ranks = {name: pattern_value(raw["rank_pattern"], name, raw["r"]) for name in named.kinds}
     alphas = {name: float(pattern_value(raw["alpha_pattern"], name, raw["lora_alpha"])) for name in named.kinds}
@@ -171,7 +173,7 @@ def read(folder: Path, *, allow_untrained: bool = False) -> PeftAdapter:
     digest = _own_facts(folder, ranks, alphas, raw["use_rslora"])
     config = LoraConfig(
         rank=raw["r"], alpha=raw["lora_alpha"], dropout=raw["lora_dropout"], targets=tuple(named.kinds), rslora=raw["use_rslora"],
-        dora=raw["use_dora"], init="gaussian" if raw["init_lora_weights"] == "gaussian" else "default", lora_bias=raw["lora_bias"],
+        dora=raw["use_dora"], lora_bias=raw["lora_bias"],
         ranks={name: rank for name, rank in ranks.items() if rank != raw["r"]},
         alphas={name: alpha for name, alpha in alphas.items() if alpha != raw["lora_alpha"]},
         train_bias=raw["bias"], fully_trained=_whole_modules(named, raw, folder),
@@ -262,7 +264,7 @@ def _own_facts(folder: Path, ranks: Mapping[str, int], alphas: Mapping[str, floa
 def _whole_modules(named: Named, raw: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
     """Modules trained whole.  Every name of modules_to_save has tensors, but for the heads PEFT lists for every classifier."""
     for entry in raw["modules_to_save"] or ():
-        there = any(name == entry or name.endswith("." + entry) for name in named.whole)
+        there = any(name.endswith(entry) for name in named.whole)
         if not there and not (raw["task_type"] == TASKS["sequence-classification"] and entry in CLASSIFIER_HEADS):
             raise refused(
                 "E-ADAPT-046", "a module of modules_to_save must have tensors", f"{folder}, module {entry}",

@@ -95,12 +95,12 @@ def from_peft(foreign: Mapping[str, Tensor], raw: Mapping[str, Any], folder: Pat
             fused[outer][(len(module) - len(outer)) // len(INNER)][part] = foreign[key]
         else:
             named.tensors[f"{require_name(module, key, folder)}.{part}"] = foreign[key]
-            if part != "magnitude":
-                named.kinds[module] = kind
+            # A magnitude alone does not tell an embedding from a linear layer.
+            named.kinds[module] = named.kinds.get(module, kind) if part == "magnitude" else kind
     for module, levels in fused.items():
         name_experts(named, module, levels, fused_parameters(module, raw), folder)
-    require_pairs(named, raw, len(foreign), folder)
     name_rest(named, rest, raw, folder)
+    require_pairs(named, raw, len(foreign), folder)
     named.dtype = next(named.tensors[f"{module}.lora_a"].dtype for module in named.kinds)
     return named
 
@@ -176,9 +176,6 @@ def require_pairs(named: Named, raw: Mapping[str, Any], count: int, folder: Path
         if wide or not all(named.tensors[f"{module}.{part}"].is_floating_point() for part in found):
             raise refused("E-ADAPT-055", "low-rank factors are matrices of floating-point numbers", f"{folder}, module {module}",
                           str(tuple(named.tensors[f"{module}.lora_a"].shape)), "(rank, in) and (out, rank)")  # fmt: skip
-    lonely = [name for name in named.tensors if name.rpartition(".")[0] not in named.kinds]
-    if lonely:
-        raise unknown_name(lonely[0], folder)
 
 
 def name_rest(named: Named, rest: Mapping[str, Tensor], raw: Mapping[str, Any], folder: Path) -> None:
@@ -187,7 +184,8 @@ def name_rest(named: Named, rest: Mapping[str, Tensor], raw: Mapping[str, Any], 
     for name, tensor in rest.items():
         module, _, part = name.rpartition(".")
         base = module.removesuffix(INNER)
-        owner = next((owner for owner in owners(name) if any(owner == entry or owner.endswith("." + entry) for entry in saved)), None)
+        # PEFT takes every module whose name merely ends in an entry: "norm" also means "input_layernorm".
+        owner = next((owner for owner in owners(name) if owner.endswith(saved)), None)
         if module.endswith(INNER) and base in named.kinds and part == "weight":
             named.base_copies[f"{base}.weight"] = tensor
         elif owner is not None:

@@ -46,7 +46,8 @@ def qwen2() -> nn.Module:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(1)
-    model = Qwen2ForCausalLM(Qwen2Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    model = Qwen2ForCausalLM(Qwen2Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
                                          vocab_size=64, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0)).eval()  # fmt: skip
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -59,7 +60,8 @@ def mixtral() -> nn.Module:
 
     torch.manual_seed(1)
     return MixtralForCausalLM(MixtralConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-                                            num_key_value_heads=2, vocab_size=64, num_local_experts=4, num_experts_per_tok=2)).eval()  # fmt: skip
+                                            num_key_value_heads=2, vocab_size=64, num_local_experts=4,
+                                                num_experts_per_tok=2)).eval()  # fmt: skip
 
 
 def qwen3_moe() -> nn.Module:
@@ -68,7 +70,8 @@ def qwen3_moe() -> nn.Module:
     torch.manual_seed(1)
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2,
                                               num_attention_heads=2, num_key_value_heads=1, head_dim=16, vocab_size=64, num_experts=6,
-                                              num_experts_per_tok=2, decoder_sparse_step=1, bos_token_id=0, eos_token_id=0)).eval()  # fmt: skip
+                                              num_experts_per_tok=2, decoder_sparse_step=1, bos_token_id=0,
+                                                  eos_token_id=0)).eval()  # fmt: skip
 
 
 def quantized(model: nn.Module, format: str = "nf4") -> nn.Module:
@@ -147,7 +150,8 @@ def off(found: Tensor, expected: Tensor) -> float:
     return distance / float(expected.double().norm()) if bool(expected.any()) else distance
 
 
-def compare_with_peft(base: Callable[[], nn.Module], folder: Path, ours: Callable[[], nn.Module] | None = None, **settings: Any) -> dict[str, float]:
+def compare_with_peft(base: Callable[[], nn.Module], folder: Path, ours: Callable[[], nn.Module] | None = None,
+    **settings: Any) -> dict[str, float]:
     """name -> relative distance of logits and every gradient, after loading PEFT's folder into our model in a fresh object."""
     wrapped = with_peft(base(), **settings)
     save_peft(wrapped, folder)

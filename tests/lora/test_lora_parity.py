@@ -23,7 +23,8 @@ DENSE: dict[str, dict[str, Any]] = {
     "dora": {"r": 4, "lora_alpha": 8, "use_dora": True},
     "dora rslora": {"r": 4, "lora_alpha": 3, "use_dora": True, "use_rslora": True},
     "ranks": {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 2, r"layers\.1\..*down_proj": 6}, "alpha_pattern": {"v_proj": 3}},
-    "ranks rslora": {"r": 4, "lora_alpha": 8, "rank_pattern": {"layers.0.self_attn.q_proj": 7}, "alpha_pattern": {"q_proj": 3}, "use_rslora": True},
+    "ranks rslora": {"r": 4, "lora_alpha": 8, "rank_pattern": {"layers.0.self_attn.q_proj": 7}, "alpha_pattern": {"q_proj": 3},
+    "use_rslora": True},
     "ranks dora": {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 30}, "use_dora": True},
     "lora bias": {"r": 4, "lora_alpha": 6, "lora_bias": True},
     "lora bias rslora": {"r": 4, "lora_alpha": 6, "lora_bias": True, "use_rslora": True},
@@ -37,7 +38,8 @@ DENSE: dict[str, dict[str, Any]] = {
     "exclude": {"r": 4, "lora_alpha": 8, "exclude_modules": ["layers.0.self_attn.q_proj"]},
 }
 BIASED: dict[str, dict[str, Any]] = {
-    "plain": {"r": 4, "lora_alpha": 8}, "dora": {"r": 4, "lora_alpha": 8, "use_dora": True}, "rslora": {"r": 4, "lora_alpha": 3, "use_rslora": True},
+    "plain": {"r": 4, "lora_alpha": 8}, "dora": {"r": 4, "lora_alpha": 8, "use_dora": True}, "rslora": {"r": 4, "lora_alpha": 3,
+    "use_rslora": True},
     "biases all": {"r": 4, "lora_alpha": 8, "bias": "all"}, "biases lora_only": {"r": 4, "lora_alpha": 8, "bias": "lora_only"},
     "biases dora": {"r": 4, "lora_alpha": 8, "bias": "all", "use_dora": True}, "lora bias": {"r": 2, "lora_alpha": 7, "lora_bias": True},
 }  # fmt: skip
@@ -45,7 +47,8 @@ MOE: dict[str, dict[str, Any]] = {
     "both": {"r": 4, "lora_alpha": 8, "target_parameters": EXPERTS},
     "both rslora": {"r": 4, "lora_alpha": 6, "target_parameters": EXPERTS[::-1], "use_rslora": True},
     "one": {"r": 2, "lora_alpha": 8, "target_parameters": EXPERTS[1:]},
-    "ranks": {"r": 2, "lora_alpha": 8, "target_parameters": EXPERTS, "rank_pattern": {"experts.down_proj": 3}, "alpha_pattern": {"gate_up_proj": 1}},
+    "ranks": {"r": 2, "lora_alpha": 8, "target_parameters": EXPERTS, "rank_pattern": {"experts.down_proj": 3},
+    "alpha_pattern": {"gate_up_proj": 1}},
 }
 
 
@@ -85,8 +88,10 @@ def test_packed_base_equals_peft_on_bitsandbytes(case: str, tmp_path: Path) -> N
         model = llama()
         for name, module in list(model.named_modules()):
             if isinstance(module, torch.nn.Linear) and name != "lm_head":
-                packed = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4")
-                packed.weight = bnb.nn.Params4bit(module.weight.data.clone(), requires_grad=False, quant_type="nf4", compress_statistics=False)
+                packed = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=torch.float32,
+                    quant_type="nf4")
+                packed.weight = bnb.nn.Params4bit(module.weight.data.clone(), requires_grad=False, quant_type="nf4",
+                    compress_statistics=False)
                 model.set_submodule(name, packed.to("cpu"))
         return model
 
@@ -110,7 +115,8 @@ def test_experts_equal_peft(base: Any, case: str, tmp_path: Path) -> None:
 
 OURS: dict[str, tuple[Any, LoraConfig]] = {
     "llama": (llama, LoraConfig(rank=4, alpha=6)),
-    "llama rslora ranks": (llama, LoraConfig(rank=4, alpha=6, rslora=True, ranks={"q_proj": 2, r".*\.1\..*": 5}, alphas={"up_proj": 9, "v_proj": 1})),
+    "llama rslora ranks": (llama, LoraConfig(rank=4, alpha=6, rslora=True, ranks={"q_proj": 2, r".*\.1\..*": 5}, alphas={"up_proj": 9,
+    "v_proj": 1})),
     "llama dora": (llama, LoraConfig(rank=4, alpha=6, dora=True, targets=("q_proj", "embed_tokens"))),
     "llama head and embedding": (llama, LoraConfig(rank=4, alpha=6, targets=("lm_head", "embed_tokens", "up_proj"))),
     "llama bias": (llama, LoraConfig(rank=4, alpha=6, lora_bias=True)),
@@ -126,7 +132,8 @@ OURS: dict[str, tuple[Any, LoraConfig]] = {
     "gpt2 lora biases": (gpt2, LoraConfig(rank=4, alpha=6, train_bias="lora_only", targets=("c_attn",))),
     "qwen2 biases dora": (qwen2, LoraConfig(rank=4, alpha=6, train_bias="all", dora=True)),
     "mixtral": (mixtral, LoraConfig(rank=4, alpha=6, targets=("all-linear", "experts.gate_up_proj", "experts.down_proj"))),
-    "mixtral ranks": (mixtral, LoraConfig(rank=4, alpha=6, rslora=True, targets=("q_proj", "down_proj", "gate_up_proj"), ranks={"down_proj": 2})),
+    "mixtral ranks": (mixtral, LoraConfig(rank=4, alpha=6, rslora=True, targets=("q_proj", "down_proj", "gate_up_proj"),
+    ranks={"down_proj": 2})),
     "qwen3 moe one": (qwen3_moe, LoraConfig(rank=4, alpha=6, targets=("q_proj", "layers.1.mlp.experts.down_proj"))),
 }
 
@@ -177,7 +184,6 @@ def test_dropout_in_training_equals_peft(tmp_path: Path) -> None:
 def test_bfloat16_base_equals_peft(dora: bool, tmp_path: Path) -> None:
     """T37, T39: float32 factors on a bf16 base give PEFT's numbers, cast at the same places."""
     import transformers  # noqa: F401
-
     from peft_oracle import save_peft, with_peft
 
     wrapped = with_peft(llama().bfloat16(), r=4, lora_alpha=8, target_modules=LINEAR, use_dora=dora)
