@@ -38,6 +38,7 @@ class Encoder:
         self.normal = Tokenizer.from_str(json.dumps(settings))
         self.without_specials = Tokenizer.from_str(json.dumps(settings))
         self.without_specials.encode_special_tokens = True
+        self.specials = {token for token, added in self.normal.get_added_tokens_decoder().items() if added.special}
         self.identity = json.dumps(settings, sort_keys=True)
 
     def encode_all(self, texts: Sequence[str], plain: Sequence[Sequence[Span]]) -> list[tuple[list[int], list[Span]] | None]:
@@ -54,14 +55,27 @@ class Encoder:
         offsets: list[Span] = []
         at = 0
         for start, end in [*plain, (len(text), len(text))]:
-            for tokenizer, piece, begins in ((self.normal, text[at:start], at), (self.without_specials, text[start:end], start)):
-                made = self._piece(tokenizer, piece, first=begins == 0)
+            for made, begins in (
+                (self._piece(self.normal, text[at:start], first=at == 0), at),
+                (self._spelt(text[start:end], first=start == 0), start),
+            ):
                 if made is None:
                     return None
                 ids += made[0]
                 offsets += [(begins + low, begins + high) for low, high in made[1]]
             at = end
         return ids, offsets
+
+    def _spelt(self, piece: str, *, first: bool) -> tuple[list[int], list[Span]] | None:
+        """Encode the text of a special token without that token; a model that knows the text as one of its pieces gets it in two."""
+        whole = self._piece(self.without_specials, piece, first=first)
+        if whole is None or self.specials.isdisjoint(whole[0]):
+            return whole
+        head = self._piece(self.without_specials, piece[:1], first=first)
+        tail = self._piece(self.without_specials, piece[1:], first=False)
+        if head is None or tail is None or not self.specials.isdisjoint([*head[0], *tail[0]]):
+            return None
+        return [*head[0], *tail[0]], [*head[1], *((low + 1, high + 1) for low, high in tail[1])]
 
     @staticmethod
     def _piece(tokenizer: Tokenizer, piece: str, *, first: bool) -> tuple[list[int], list[Span]] | None:

@@ -295,7 +295,7 @@ def cut_prompt(example: Example, limit: int, bos_id: int | None) -> Example | No
     first = next((at for at, label in enumerate(example.labels) if label != IGNORED), len(example.labels))
     keeps_bos = bos_id is not None and example.input_ids[0] == bos_id
     away = len(example.input_ids) - limit + keeps_bos
-    if away + 1 > first or limit < 2 + keeps_bos:
+    if away + (not keeps_bos) > first:
         return None  # the first answer token needs a token before it
     head = 1 if keeps_bos else 0
     return replace(
