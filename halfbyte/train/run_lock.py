@@ -1,7 +1,7 @@
 """One writer per run folder: an flock on `run.lock`, which the kernel gives up when the process ends, however it ends.
 
 The file also says who holds it (pid, boot id, host), for the message to a second process.  A data worker forked from a killed run
-may hold the lock for a few seconds more; so when the owner is dead the lock is waited for.
+may hold the lock for a few seconds more; so when the owner is dead or unknown the lock is waited for.
 """
 
 import fcntl
@@ -37,7 +37,7 @@ class RunLock:
         end = time.monotonic() + self.wait_seconds
         while not self._try():
             owner = read_owner(self.path)
-            if is_alive(owner) or time.monotonic() > end:
+            if (owner and is_alive(owner)) or time.monotonic() > end:
                 self._close()
                 raise CheckpointError(
                     "a run folder has one writer", code="E-CKPT-003", place=str(self.path.parent),
@@ -53,6 +53,7 @@ class RunLock:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._descriptor is not None:
             os.ftruncate(self._descriptor, 0)
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # closing alone would leave it to data workers that inherited the file
         self._close()
 
     def _try(self) -> bool:

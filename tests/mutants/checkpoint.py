@@ -21,7 +21,8 @@ DAMAGE = [
            ' or values.get("version") != VERSION:\n', ":\n", CHECKPOINT + "test_a_damaged_checkpoint_is_skipped_and_named"),
     Mutant("T70", "LATEST trusted over the scan", "halfbyte/train/checkpoint.py",
            "    for path in _candidates(folder):\n        try:\n            return Loaded(",
-           '    for path in [folder / (folder / "LATEST").read_text().strip(), *_candidates(folder)]:\n        try:\n            return Loaded(',
+           '    hint = folder / (folder / "LATEST").read_text().strip()\n'
+           "    for path in [hint, *_candidates(folder)]:\n        try:\n            return Loaded(",
            CHECKPOINT + "test_the_pointer_is_a_hint_and_the_scan_the_truth"),
     Mutant("T70", "steps sorted as text", "halfbyte/train/checkpoint.py", "rated.append((int(match[1]), shown == name, name))",
            "rated.append((match[1], shown == name, name))", CHECKPOINT + "test_a_step_number_beyond_six_digits_is_still_the_newest"),

@@ -376,6 +376,15 @@ def test_a_lock_left_by_a_dead_process_is_no_obstacle(tmp_path: Path) -> None:
         pass
 
 
+def test_a_lock_given_back_is_free_though_a_worker_inherited_it(tmp_path: Path) -> None:
+    import time
+
+    with RunLock(tmp_path):
+        worker = in_child(lambda: time.sleep(1))
+    with RunLock(tmp_path, wait_seconds=0):
+        assert wait(worker) == 0
+
+
 def test_a_lock_that_a_dying_worker_still_holds_is_waited_for(tmp_path: Path) -> None:
     import signal
     import time
