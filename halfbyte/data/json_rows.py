@@ -14,6 +14,7 @@ from typing import Any
 from halfbyte.data.faults import Problem, Problems, error_of, shown
 
 Numbered = list[tuple[int, dict[str, Any]]]
+Read = tuple[Numbered, list[str], str]  # numbered rows, notes, what the numbers count: "line" or "row"
 LINE_LIMIT = 16 * 2**20
 DEPTH_LIMIT = 64
 _LONG_NUMBER = re.compile(r"\d{19}")
@@ -25,7 +26,7 @@ class _Refused(Exception):
     """A value the json module would take and we do not: (code, what was found)."""
 
 
-def read_lines(file: Path, problems: Problems, max_rows: int | None) -> tuple[Numbered, list[str]]:
+def read_lines(file: Path, problems: Problems, max_rows: int | None) -> Read:
     """Rows of a .jsonl file."""
     notes: list[str] = []
     rows: Numbered = []
@@ -37,7 +38,8 @@ def read_lines(file: Path, problems: Problems, max_rows: int | None) -> tuple[Nu
             notes.append(f"{file} starts with a byte order mark; it was skipped")
         if head[3 if marked else 0 :].lstrip()[:1] == b"[":
             notes.append(f"{file} is a JSON array, not JSON lines; it was read as rows")
-            return _array(file, opened.read(), problems, max_rows), notes
+            rows, unit = _array(file, opened.read(), problems, max_rows)
+            return rows, notes, unit
         for number, raw in enumerate(_lines(opened), 1):
             if max_rows is not None and len(rows) >= max_rows:
                 break
@@ -49,7 +51,7 @@ def read_lines(file: Path, problems: Problems, max_rows: int | None) -> tuple[Nu
                 row = _row(file, number, text, problems, last=not raw.endswith(b"\n"))
                 if row is not None:
                     rows.append((number, row))
-    return rows, notes
+    return rows, notes, "line"
 
 
 def _lines(opened: Any) -> Iterator[bytes]:
@@ -62,7 +64,7 @@ def _lines(opened: Any) -> Iterator[bytes]:
                 return
 
 
-def read_whole(file: Path, problems: Problems, max_rows: int | None) -> tuple[Numbered, list[str]]:
+def read_whole(file: Path, problems: Problems, max_rows: int | None) -> Read:
     """Rows of a .json file: an array of objects, or one object that holds one."""
     raw = file.read_bytes()
     notes: list[str] = []
@@ -71,22 +73,23 @@ def read_whole(file: Path, problems: Problems, max_rows: int | None) -> tuple[Nu
         notes.append(f"{file} starts with a byte order mark; it was skipped")
     first = raw.lstrip()[:1]
     if first == b"[":
-        return _array(file, raw, problems, max_rows), notes
+        rows, unit = _array(file, raw, problems, max_rows)
+        return rows, notes, unit
     if first == b"{" and _is_lines(raw):
         notes.append(f"{file} holds one JSON object per line; it was read as JSON lines")
-        more, said = read_lines(file, problems, max_rows)
-        return more, notes + [note for note in said if note not in notes]
+        more, said, unit = read_lines(file, problems, max_rows)
+        return more, notes + [note for note in said if note not in notes], unit
     text = decode_text(file, 1, raw, problems)
     if text is None or not text.strip():
-        return [], notes
+        return [], notes, "line"
     whole = _row(file, 1, text, problems, last=False)
     if whole is None:
-        return [], notes
+        return [], notes, "line"
     lists = [name for name, value in whole.items() if isinstance(value, list) and value and all(isinstance(row, dict) for row in value)]
     if len(lists) == 1 and "messages" not in lists and "conversations" not in lists:
         notes.append(f"{file} is one object; its field {lists[0]} was read as rows")
-        return [(1, row) for row in whole[lists[0]][:max_rows]], notes
-    return [(1, whole)], notes
+        return list(enumerate(whole[lists[0]][:max_rows], 1)), notes, "row"
+    return [(1, whole)], notes, "line"
 
 
 def _is_lines(raw: bytes) -> bool:
@@ -162,40 +165,42 @@ def _json_problem(file: Path, line: int, text: str, fault: json.JSONDecodeError,
     return Problem("E-DATA-020", str(file), line + fault.lineno - 1, found=f"column {fault.colno:,}: {words}, near {near}")
 
 
-def _array(file: Path, raw: bytes, problems: Problems, max_rows: int | None) -> Numbered:
-    """Objects of a JSON array, each with the line it starts on."""
+def _array(file: Path, raw: bytes, problems: Problems, max_rows: int | None) -> tuple[Numbered, str]:
+    """Objects of a JSON array, each with the line it starts on; with its row number where all stand on one line."""
     text = decode_text(file, 1, raw, problems)
     if text is None:
-        return []
+        return [], "line"
+    unit = "line" if "\n" in text.strip() else "row"
     rows: Numbered = []
     decoder = _decoder(text)
     position = text.index("[") + 1
-    line, counted = 1, 0
+    line, counted, number = 1, 0, 0
     while True:
         position = _SPACE.match(text, position).end()  # type: ignore[union-attr]
         if text[position : position + 1] == "]" or (max_rows is not None and len(rows) >= max_rows):
-            return rows
-        line, counted = line + text.count("\n", counted, position), position
+            return rows, unit
+        line, counted, number = line + text.count("\n", counted, position), position, number + 1
+        at = line if unit == "line" else number
         try:
             value, position = decoder.raw_decode(text, position)
             _check(value, text)
             if isinstance(value, dict):
-                rows.append((line, value))
+                rows.append((at, value))
             else:
-                problems.add(Problem("E-DATA-022", str(file), line, found=shown(value)))
+                problems.add(Problem("E-DATA-022", str(file), at, found=shown(value), unit=unit))
             position = _SPACE.match(text, position).end()  # type: ignore[union-attr]
             if text[position : position + 1] not in (",", "]"):
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
             position += text[position] == ","
         except json.JSONDecodeError as fault:
             problems.add(_json_problem(file, 1, text, fault, last=True))
-            return rows
+            return rows, unit
         except _Refused as refusal:
-            problems.add(Problem(refusal.args[0], str(file), line, field=refusal.args[2], found=refusal.args[1]))
-            return rows
+            problems.add(Problem(refusal.args[0], str(file), at, refusal.args[2], refusal.args[1], unit=unit))
+            return rows, unit
         except RecursionError:
-            problems.add(Problem("E-DATA-026", str(file), line, found="hundreds of levels"))
-            return rows
+            problems.add(Problem("E-DATA-026", str(file), at, found="hundreds of levels", unit=unit))
+            return rows, unit
 
 
 def _decoder(text: str) -> json.JSONDecoder:

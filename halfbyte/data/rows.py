@@ -150,7 +150,7 @@ def _read_file(file: Path, problems: Problems, max_rows: int | None) -> tuple[li
         with open(file, "rb") as opened:
             while chunk := opened.read(1 << 20):
                 digest.update(chunk)
-        values, notes = READERS[file.suffix.lower()](file, problems, max_rows)
+        values, notes, unit = READERS[file.suffix.lower()](file, problems, max_rows)
         after = _identity(file)
     except PermissionError as refusal:
         raise error_of(Problem("E-DATA-002", str(file), found=str(refusal.strerror))) from None
@@ -158,7 +158,6 @@ def _read_file(file: Path, problems: Problems, max_rows: int | None) -> tuple[li
         raise error_of(Problem("E-DATA-009", str(file), found="the file is gone")) from None
     if before != after:
         raise error_of(Problem("E-DATA-009", str(file), found=f"{before[0]:,} bytes before, {after[0]:,} bytes after"))
-    unit = "row" if file.suffix.lower() == ".parquet" else "line"
     return [Row(row, str(file), line, unit) for line, row in values], notes, digest.hexdigest()
 
 
@@ -171,7 +170,7 @@ def _size_text(path: str | Path) -> str:
     return bytes_text(Path(path).stat().st_size) if Path(path).is_file() else "every file is empty"
 
 
-READERS: dict[str, Callable[[Path, Problems, int | None], tuple[list[tuple[int, dict[str, Any]]], list[str]]]] = {
+READERS: dict[str, Callable[[Path, Problems, int | None], json_rows.Read]] = {
     ".jsonl": json_rows.read_lines,
     ".json": json_rows.read_whole,
     ".csv": tables.read_csv,

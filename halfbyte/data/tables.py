@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.data.faults import Problem, Problems, error_of, shown
-from halfbyte.data.json_rows import LINE_LIMIT, Numbered, check_encoding, decode_text
+from halfbyte.data.json_rows import LINE_LIMIT, Numbered, Read, check_encoding, decode_text
 
 
-def read_csv(file: Path, problems: Problems, max_rows: int | None) -> tuple[Numbered, list[str]]:
+def read_csv(file: Path, problems: Problems, max_rows: int | None) -> Read:
     """Rows of a comma-separated file."""
     return _read(file, problems, max_rows, ",")
 
 
-def read_tsv(file: Path, problems: Problems, max_rows: int | None) -> tuple[Numbered, list[str]]:
+def read_tsv(file: Path, problems: Problems, max_rows: int | None) -> Read:
     """Rows of a tab-separated file."""
     return _read(file, problems, max_rows, "\t")
 
@@ -35,7 +35,7 @@ def _long_cells() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _read(file: Path, problems: Problems, max_rows: int | None, delimiter: str) -> tuple[Numbered, list[str]]:
+def _read(file: Path, problems: Problems, max_rows: int | None, delimiter: str) -> Read:
     raw = file.read_bytes()
     notes = []
     if check_encoding(file, raw[:4096]):
@@ -43,7 +43,7 @@ def _read(file: Path, problems: Problems, max_rows: int | None, delimiter: str) 
         notes.append(f"{file} starts with a byte order mark; it was skipped")
     text = decode_text(file, 1, raw, problems)
     if text is None or not text.strip():
-        return [], notes
+        return [], notes, "line"
     rows: Numbered = []
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     with _long_cells():
@@ -66,7 +66,7 @@ def _read(file: Path, problems: Problems, max_rows: int | None, delimiter: str) 
                 problems.add(Problem("E-DATA-013", str(file), start, found=f"a cell of more than {LINE_LIMIT:,} bytes"))
             else:
                 problems.add(Problem("E-DATA-033", str(file), start, found=f"a quote opened on this line: {fault}"))
-    return rows, notes
+    return rows, notes, "line"
 
 
 def _check_header(file: Path, header: list[str], delimiter: str) -> None:
@@ -79,13 +79,13 @@ def _check_header(file: Path, header: list[str], delimiter: str) -> None:
         raise error_of(Problem("E-DATA-032", str(file), 1, found=found))
 
 
-def read_parquet(file: Path, problems: Problems, max_rows: int | None) -> tuple[Numbered, list[str]]:
+def read_parquet(file: Path, problems: Problems, max_rows: int | None) -> Read:
     """Rows of a parquet file; `line` counts rows."""
     import pyarrow
     import pyarrow.parquet
 
     if file.stat().st_size == 0:
-        return [], []
+        return [], [], "row"
     rows: list[dict[str, Any]] = []
     try:
         with pyarrow.parquet.ParquetFile(file) as opened:
@@ -95,4 +95,4 @@ def read_parquet(file: Path, problems: Problems, max_rows: int | None) -> tuple[
                     break
     except (pyarrow.ArrowException, OSError) as fault:
         problems.add(Problem("E-DATA-034", str(file), found=shown(str(fault).splitlines()[0], 120)))
-    return list(enumerate(rows[:max_rows], 1)), []
+    return list(enumerate(rows[:max_rows], 1)), [], "row"
