@@ -90,11 +90,16 @@ def dequantized(model: nn.Module) -> nn.Module:
     return model
 
 
-def with_peft(model: nn.Module, *, seed: int = 5, task: str | None = "CAUSAL_LM", **settings: Any) -> peft.PeftModel:
-    """PEFT around the model, with random values in everything it trains."""
+def untrained_peft(model: nn.Module, *, task: str | None = "CAUSAL_LM", **settings: Any) -> peft.PeftModel:
+    """PEFT around the model, as it begins."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type=task, **settings)).eval()
+        return peft.get_peft_model(model, peft.LoraConfig(task_type=task, **settings)).eval()
+
+
+def with_peft(model: nn.Module, *, seed: int = 5, task: str | None = "CAUSAL_LM", **settings: Any) -> peft.PeftModel:
+    """PEFT around the model, with random values in everything it trains."""
+    wrapped = untrained_peft(model, task=task, **settings)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad:
