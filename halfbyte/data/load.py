@@ -77,10 +77,8 @@ def load_data(
     finally:
         if used is not None and own:
             used.close()
-    if used is not None and used.tells_time:
-        notes.append(f"the chat template writes the date {used.now:%d %b %Y} into each row")
-    if used is not None and (aside := used.turns.aside) and not used.plain:
-        notes.append(f"the chat template puts {json.dumps(aside)} between the prompt and an answer; it is not trained")
+    if used is not None:
+        notes += _template_notes(used)
     report = replace(train.report, notes=notes + train.report.notes)
     return TrainData(
         train.examples,
@@ -109,6 +107,19 @@ def read_samples(
     samples = samples_of(rows.rows, found, problems=problems)
     notes += [*rows.notes, *problems.settle()]
     return rows, found, samples
+
+
+def _template_notes(template: Template) -> list[str]:
+    """What a user should know of a template before training."""
+    notes = []
+    if template.tells_time:
+        notes.append(f"the chat template writes the date {template.now:%d %b %Y} into each row")
+    if template.turns.aside and not template.plain:
+        notes.append(f"the chat template puts {json.dumps(template.turns.aside)} between the prompt and an answer; it is not trained")
+    if not template.turns.fits:
+        prompt = json.dumps(template.turns.prompt, ensure_ascii=False)
+        notes.append(f"the chat template asks for an answer with {prompt}, which does not stand before the answers of these rows")
+    return notes
 
 
 def _template(template: Template | str | Path | None, tokenizer: Any, shape: Shape, now: datetime.datetime | None) -> Template:

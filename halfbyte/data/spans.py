@@ -33,12 +33,18 @@ _PRIVATE = re.compile("[\U000f0000-\U0010ffff]")
 
 @dataclass(frozen=True)
 class Turns:
-    """What a template writes around answers: `prompt` (what it adds when asked for a generation prompt), `stops` (what may end an
-    answer), `aside` (what it puts between the generation prompt and a plain final answer, such as an empty <think></think>)."""
+    """What a template writes around answers.
+
+    prompt   what it adds when asked for a generation prompt
+    stops    what may end an answer
+    aside    what it puts between the generation prompt and a plain final answer, such as an empty <think></think>
+    fits     does the generation prompt stand before a plain final answer?
+    """
 
     prompt: str
     stops: tuple[str, ...]
     aside: str = ""
+    fits: bool = True
 
 
 @dataclass(frozen=True)
@@ -80,13 +86,14 @@ def learn(render_all: RenderAll, tokens: Sequence[str], specials: dict[str, Any]
             first = _first_special(tail, tokens, direct=word != "vfirst")
             if first and first not in stops:
                 stops.append(first)
-    aside = ""
-    if prompt and isinstance(one, str) and (at := one.rfind(prompt, 0, one.find("afirst"))) >= 0:
-        aside = one[at + len(prompt) : one.find("afirst")]
+    aside, fits = "", True
+    if prompt and isinstance(one, str) and "afirst" in one:
+        at = one.rfind(prompt, 0, one.index("afirst"))
+        fits = at >= 0
+        aside = one[at + len(prompt) : one.index("afirst")] if fits else ""
     eos = specials.get("eos_token")
-    return Turns(
-        prompt, tuple(sorted({*stops, *([eos] if isinstance(eos, str) and eos else [])}, key=lambda text: (-len(text), text))), aside
-    )
+    ends = {*stops, *([eos] if isinstance(eos, str) and eos else [])}
+    return Turns(prompt, tuple(sorted(ends, key=lambda text: (-len(text), text))), aside, fits)
 
 
 def find(

@@ -225,6 +225,17 @@ def test_what_is_dropped_is_counted_and_told(tmp_path: Path, chatml: Any) -> Non
     assert cut.report.tokens + cut.report.tokens_dropped == data.report.tokens + data.report.tokens_dropped
 
 
+def test_what_a_template_adds_is_told(tmp_path: Path, backends: Any) -> None:
+    """A date, an empty reasoning block, and a generation prompt that the rows do not have."""
+    path = write(tmp_path / "rows.jsonl", PAIRS)
+    for name, words_of_note in (("llama3_2", "writes the date"), ("qwen3", "it is not trained"), ("deepseekv3", "does not stand before")):
+        notes = load(path, dressed(backends["bpe"], name)).notes
+        assert any(words_of_note in note for note in notes), (name, notes)
+    token = backends["bpe"].token_to_id("<|eot_id|>")
+    ends = f'answers end with "<|eot_id|>" (token {token}); the tokenizer\'s own end token is "<|end_of_text|>"'
+    assert load(path, dressed(backends["bpe"], "llama3")).notes == [ends]
+
+
 # --- split, duplicates, overlap
 
 

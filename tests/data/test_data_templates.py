@@ -143,6 +143,13 @@ def test_assistant_first_and_trailing_space(name: str, backends: dict[str, Token
     assert trained == [text + SPECIALS[name][2] for text in kept]
 
 
+def test_an_answer_may_be_the_first_text_of_all(chatml: Any) -> None:
+    """Place 0 is a place: a template that writes nothing before the first answer, and trims it.  # T11"""
+    tokenizer = dressed(chatml.backend_tokenizer, "qwen2_5")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | trim }}<|im_end|>{% endfor %}"
+    assert chat(tokenizer, Message("assistant", " hello "), ASK, ANSWER)[1] == ["hello<|im_end|>", "a thing<|im_end|>"]
+
+
 def test_train_on_and_weights(chatml: Any) -> None:
     """All answers, the last one, everything, and none of weight 0."""
     turns = (ASK, ANSWER, Message("user", "more"), Message("assistant", "another"))
