@@ -18,8 +18,23 @@ from pathlib import Path
 import psutil
 
 _WATCHED_FLAGS = (
-    "sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16",
-    "amx_tile", "amx_bf16", "amx_int8", "asimd", "bf16", "sve", "i8mm",
+    "sse4_2",
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "bf16",
+    "sve",
+    "i8mm",
 )
 
 
@@ -106,8 +121,15 @@ def describe() -> Machine:
             gpus.append(Gpu(seen.name, int(seen.total_memory), f"{seen.major}.{seen.minor}"))
         dtypes.append("float16")
     return Machine(
-        system=f"{platform.system()} {platform.release()} {platform.machine()}", cpu=name, cores=os.cpu_count() or 1,
-        usable_cores=usable_cores(), isa=isa, memory_bytes=total, available_bytes=available, gpus=tuple(gpus), dtypes=tuple(dtypes),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        cpu=name,
+        cores=os.cpu_count() or 1,
+        usable_cores=usable_cores(),
+        isa=isa,
+        memory_bytes=total,
+        available_bytes=available,
+        gpus=tuple(gpus),
+        dtypes=tuple(dtypes),
         torch_threads=torch.get_num_threads(),
     )
 
@@ -154,7 +176,17 @@ def versions() -> dict[str, str]:
     from importlib import metadata
 
     names = (
-        "halfbyte", "torch", "transformers", "tokenizers", "safetensors", "numpy", "numba", "pydantic", "triton", "peft", "bitsandbytes",
+        "halfbyte",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "numpy",
+        "numba",
+        "pydantic",
+        "triton",
+        "peft",
+        "bitsandbytes",
     )
     found = {"python": platform.python_version()}
     for name in names:

@@ -104,8 +104,14 @@ class Talk:
 
 
 COMMANDS: dict[str, Callable[[Talk, str], None]] = {
-    "/help": Talk.help, "/new": Talk.new, "/system": Talk.set_system, "/adapter": Talk.adapter, "/adapters": Talk.adapters, "/undo": Talk.undo,
-    "/save": Talk.save, "/quit": Talk.help,
+    "/help": Talk.help,
+    "/new": Talk.new,
+    "/system": Talk.set_system,
+    "/adapter": Talk.adapter,
+    "/adapters": Talk.adapters,
+    "/undo": Talk.undo,
+    "/save": Talk.save,
+    "/quit": Talk.help,
 }
 
 
@@ -134,9 +140,13 @@ def converse(talk: Talk, read: Callable[[], str]) -> None:
 
 def chat(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model, a run folder or an adapter folder.")] = "starter",
-    adapter: Annotated[list[Path] | None, typer.Option("--adapter", metavar="DIR", help="An adapter folder to have at hand; may be given several times.")] = None,
+    adapter: Annotated[
+        list[Path] | None, typer.Option("--adapter", metavar="DIR", help="An adapter folder to have at hand; may be given several times.")
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
-    quant: Annotated[str | None, typer.Option("--quant", metavar="nf4|fp4|int8|none", help="Storage of the base; a run keeps its own.")] = None,
+    quant: Annotated[
+        str | None, typer.Option("--quant", metavar="nf4|fp4|int8|none", help="Storage of the base; a run keeps its own.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option("--temperature", help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens that make up this share.")] = 1.0,
@@ -145,7 +155,7 @@ def chat(
     """Talk with a model; /help lists the commands."""
     from halfbyte import api, redact
 
-    opened = api.open_model(model, quant=quant, for_chat=True)
+    opened = api.open_model(model, quant=quant)
     for folder in adapter or []:
         opened.add(folder)
     at_terminal = sys.stdin.isatty()

@@ -6,7 +6,9 @@ import typer
 
 
 def doctor(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False, help="Also look at a model: what it is and what it needs.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", show_default=False, help="Also look at a model: what it is and what it needs.")
+    ] = None,
 ) -> None:
     """Say what this machine has, which implementation of each op serves and why, and what is missing for the rest."""
     from halfbyte.cli.checkup import machine_text, model_text, ops_text

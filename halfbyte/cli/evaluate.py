@@ -10,14 +10,22 @@ import typer
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model, a run folder or an adapter folder.")],
     data: Annotated[Path, typer.Option("--data", metavar="FILE", help="Rows to judge by.")],
-    metrics: Annotated[str, typer.Option(
-        "--metrics", metavar="NAMES", help="Also let the model answer and score it: exact_match,rouge1,rouge2,rougeL,bleu,chrf.")] = "",
+    metrics: Annotated[
+        str,
+        typer.Option(
+            "--metrics", metavar="NAMES", help="Also let the model answer and score it: exact_match,rouge1,rouge2,rougeL,bleu,chrf."
+        ),
+    ] = "",
     adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="An adapter folder on top of MODEL.")] = None,
-    quant: Annotated[str | None, typer.Option("--quant", metavar="nf4|fp4|int8|none", help="Storage of the base; a run keeps its own.")] = None,
+    quant: Annotated[
+        str | None, typer.Option("--quant", metavar="nf4|fp4|int8|none", help="Storage of the base; a run keeps its own.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, with --metrics.")] = 128,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows at a time; changes the speed, not the loss.")] = 8,
     max_rows: Annotated[int | None, typer.Option("--max-rows", help="Only the first N rows.")] = None,
-    template: Annotated[str | None, typer.Option("--template", metavar="FILE.jinja", help="A chat template instead of the model's own.")] = None,
+    template: Annotated[
+        str | None, typer.Option("--template", metavar="FILE.jinja", help="A chat template instead of the model's own.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
 ) -> None:
     """Held-out loss and perplexity of a model on rows; a line `loss X` and, by choice, scores of its own answers."""
@@ -25,7 +33,14 @@ def evaluate(
 
     names = tuple(name.strip() for name in metrics.split(",") if name.strip())
     result = api.evaluate(
-        model, data, metrics=names, adapter=adapter, quant=quant, max_new_tokens=max_new_tokens, batch_size=batch_size, max_rows=max_rows,
+        model,
+        data,
+        metrics=names,
+        adapter=adapter,
+        quant=quant,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        max_rows=max_rows,
         template=template,
     )
     if as_json:

@@ -9,10 +9,14 @@ import typer
 
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model, a run folder or an adapter folder.")],
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", show_default=False, help="What to answer; none reads standard input.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", show_default=False, help="What to answer; none reads standard input.")
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", help="System message before each prompt.")] = None,
     adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="An adapter folder on top of MODEL.")] = None,
-    quant: Annotated[str | None, typer.Option("--quant", metavar="nf4|fp4|int8|none", help="Storage of the base; a run keeps its own.")] = None,
+    quant: Annotated[
+        str | None, typer.Option("--quant", metavar="nf4|fp4|int8|none", help="Storage of the base; a run keeps its own.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option("--temperature", help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens that make up this share.")] = 1.0,
@@ -26,11 +30,13 @@ def generate(
     wanted = prompts or [sys.stdin.read().strip()]
     if not all(wanted):
         raise DataError(
-            "a prompt must not be empty", code="E-DATA-080", place="prompt" if prompts else "standard input",
-            remedy='halfbyte generate MODEL "your prompt"', nothing_done="Nothing was generated.",
+            "a prompt must not be empty",
+            code="E-DATA-080",
+            place="prompt" if prompts else "standard input",
+            remedy='halfbyte generate MODEL "your prompt"',
+            nothing_done="Nothing was generated.",
         )
-    opened = api.open_model(model, adapter=adapter, quant=quant)
-    answers = opened.answer(
-        wanted, system=system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, raw=raw,
+    answers = api.open_model(model, adapter=adapter, quant=quant).answer(
+        wanted, system=system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, raw=raw
     )
     typer.echo(f"\n{'-' * 40}\n".join(redact.terminal(answer) for answer in answers))

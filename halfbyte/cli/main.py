@@ -19,7 +19,11 @@ from halfbyte.cli import chat, data, doctor, evaluate, generate, merge, quantize
 from halfbyte.errors import HalfbyteError
 
 app = typer.Typer(
-    name="halfbyte", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    name="halfbyte",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Fine-tune large language models with LoRA and QLoRA on the hardware you have.",
     epilog="Start here: halfbyte quickstart",
 )

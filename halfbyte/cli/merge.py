@@ -9,11 +9,17 @@ import typer
 def merge(
     run: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run folder or an adapter folder.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the merged model.")],
-    onto: Annotated[str, typer.Option(
-        "--onto", metavar="trained|original",
-        help="trained: the base exactly as the adapter saw it, 4-bit weights written out in 16 bit; original: the base before quantization.")] = "trained",
+    onto: Annotated[
+        str,
+        typer.Option(
+            "--onto",
+            metavar="trained|original",
+            help="trained: the base exactly as the adapter saw it, 4-bit weights written out in 16 bit; original: the base before "
+            "quantization.",
+        ),
+    ] = "trained",
     dtype: Annotated[str, typer.Option("--dtype", metavar="bfloat16|float16|float32", help="Type of the written weights.")] = "bfloat16",
-    model: Annotated[str | None, typer.Option("--model", metavar="M", help="The base, where the folder does not name one that is at hand.")] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="M", help="The base, where the folder names none at hand.")] = None,
 ) -> None:
     """Fold an adapter into its base and write a model that any program can load; never quantized again.
 

@@ -7,9 +7,13 @@ import typer
 
 
 def quickstart(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the run; a number is added when it exists.")] = Path("runs/quickstart"),
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the run; a number is added when it exists.")] = Path(
+        "runs/quickstart"
+    ),
     seed: Annotated[int, typer.Option("--seed", help="Seed of the rows and of the training.")] = 0,
-    picture: Annotated[Path | None, typer.Option("--picture", metavar="FILE.svg", help="Also draw the last screen as an SVG picture.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", metavar="FILE.svg", help="Also draw the last screen as an SVG picture.")
+    ] = None,
 ) -> None:
     """Teach the starter model a task it cannot do, with QLoRA, in minutes: the tour of this program."""
     from halfbyte.quickstart import tour

@@ -17,22 +17,33 @@ def split_settings(words: list[str]) -> tuple[Path | None, list[str]]:
     files = [word for word in words if "=" not in word]
     if len(files) > 1:
         raise ConfigError(
-            "at most one config file can be given", code="E-CONF-080", found=" ".join(files), expected="CONFIG.yaml key=value key=value ...",
-            remedy="write settings as key=value, e.g. lora.rank=32", nothing_done="Nothing was trained.",
+            "at most one config file can be given",
+            code="E-CONF-080",
+            found=" ".join(files),
+            expected="CONFIG.yaml key=value ...",
+            remedy="write settings as key=value, e.g. lora.rank=32",
+            nothing_done="Nothing was trained.",
         )
     return (Path(files[0]) if files else None), [word for word in words if "=" in word]
 
 
 def train(
-    settings: Annotated[list[str] | None, typer.Argument(
-        metavar="[CONFIG.yaml] [key=value]...", show_default=False,
-        help="A YAML file and single settings such as lora.rank=32; a setting beats the file. All keys: docs/config.md.")] = None,
-    model: Annotated[str | None, typer.Option("--model", metavar="M", help="Base model: starter, a folder, a GGUF file or a Hub id.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG.yaml] [key=value]...",
+            show_default=False,
+            help="A YAML file and single settings such as lora.rank=32; a setting beats the file. All keys: docs/config.md.",
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="M", help="Base: starter, a folder, a GGUF file or a Hub id.")] = None,
     data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Rows to train on: jsonl, json, csv or parquet.")] = None,
     method: Annotated[str | None, typer.Option("--method", metavar="qlora|lora|full", help="What is trained.")] = None,
     out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="New folder for the run.")] = None,
-    resume: Annotated[bool, typer.Option(
-        "--resume", help="Go on with the run in --out from its newest whole checkpoint; its own settings are used when none are given.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the newest whole checkpoint: `halfbyte train --resume RUN`, or with the run's settings."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and stop.")] = False,
 ) -> None:
     """Fine-tune a model.
@@ -45,9 +56,10 @@ def train(
     path, overrides = split_settings(settings or [])
     flags = {name: value for name, value in (("model", model), ("data", data), ("method", method), ("out", out)) if value is not None}
     if resume and path is None and data is None and out is not None:
-        path = Path(out) / "config.yaml"
-        flags.pop("out")
-        overrides = [f"out={out}", *overrides]
+        path = Path(out)
+    if resume and path is not None and path.is_dir():
+        flags.setdefault("out", str(path))
+        path = path / "config.yaml"
     config = load_config(path, overrides, flags)
     if dry_run:
         typer.echo(to_yaml(config), nl=False)

@@ -6,7 +6,7 @@ Rows, prompts, answers, names and settings may come from anybody, so jinja2 esca
 script, form and request, and the only style that may apply is named by its hash.  What looks like a secret is blanked first, and control
 characters are dropped; very long texts are cut.
 
-samples.json: [{"prompt", "expected", "before", "after"}].   scores.json: {"title", "columns", "rows", "note"}; both may be absent.
+samples.json: [{"prompt", "reference", "before", "after"}].   scores.json: {"title", "columns", "rows", "note"}; both may be absent.
 """
 
 import base64
@@ -79,9 +79,13 @@ def html(run_folder: Path) -> tuple[str, bytes]:
     templates = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
     config = run_folder / "config.yaml"
     page = templates.get_template("report.html").render(
-        title=f"Run {shown(run_folder.resolve().name)}", subtitle=_subtitle(summary), style=style, style_hash=_style_hash(style),
+        title=f"Run {shown(run_folder.resolve().name)}",
+        subtitle=_subtitle(summary),
+        style=style,
+        style_hash=_style_hash(style),
         tiles=[(label, shown(write(summary[key]))) for label, key, write in TILES if summary.get(key) is not None],
-        plot=base64.b64encode(picture).decode(), tables=_tables(run_folder),
+        plot=base64.b64encode(picture).decode(),
+        tables=_tables(run_folder),
         notes=[shown(f"step {record['step']}: {record['event']}") for record in records if "event" in record],
         config=clean(config.read_text()) if config.is_file() else "",
         environment=clean(json.dumps(environment, indent=1, ensure_ascii=False)),
@@ -111,7 +115,7 @@ def _tables(run_folder: Path) -> list[Table]:
         tables.append(Table(shown(scores["title"]), [shown(cell) for cell in scores["columns"]], rows, shown(scores.get("note", ""))))
     samples = _read_json(run_folder / "samples.json", [])
     if samples:
-        keys = [key for key in ("prompt", "expected", "before", "after") if any(sample.get(key) is not None for sample in samples)]
+        keys = [key for key in ("prompt", "reference", "before", "after") if any(sample.get(key) is not None for sample in samples)]
         rows = [[shown(sample.get(key, "")) for key in keys] for sample in samples]
         tables.append(Table("The same held-out prompts before and after", keys, rows))
     return tables
@@ -138,7 +142,10 @@ def _replace(path: Path, content: bytes) -> Path:
         fresh.replace(path)
     except OSError as fault:
         raise StorageError(
-            "the report must be writable", code="E-STORE-080", place=str(path), found=fault.strerror or str(fault),
+            "the report must be writable",
+            code="E-STORE-080",
+            place=str(path),
+            found=fault.strerror or str(fault),
             remedy="free some space or check the folder's permissions; the run itself is complete",
         ) from fault
     return path

@@ -55,53 +55,134 @@ def _same(*words: str) -> dict[str, str | int]:
 
 _ROOMS = _same("kitchen", "bedroom", "bathroom", "office", "hall", "garage", "attic", "cellar", "nursery", "porch")
 _DAYS: dict[str, str | int] = {
-    "Monday": "mon", "Tuesday": "tue", "Wednesday": "wed", "Thursday": "thu", "Friday": "fri", "Saturday": "sat", "Sunday": "sun",
+    "Monday": "mon",
+    "Tuesday": "tue",
+    "Wednesday": "wed",
+    "Thursday": "thu",
+    "Friday": "fri",
+    "Saturday": "sat",
+    "Sunday": "sun",
 }
 _NAMES = _same("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Julia", "Leo", "Maria", "Paul")
 _MINUTES: dict[str, str | int] = {
-    "two minutes": 2, "three minutes": 3, "five minutes": 5, "ten minutes": 10, "a quarter of an hour": 15, "twenty minutes": 20,
-    "half an hour": 30, "forty minutes": 40, "three quarters of an hour": 45, "an hour": 60, "two hours": 120,
+    "two minutes": 2,
+    "three minutes": 3,
+    "five minutes": 5,
+    "ten minutes": 10,
+    "a quarter of an hour": 15,
+    "twenty minutes": 20,
+    "half an hour": 30,
+    "forty minutes": 40,
+    "three quarters of an hour": 45,
+    "an hour": 60,
+    "two hours": 120,
 }
 _CLOCK: dict[str, str | int] = {
-    "five": "5:00", "half past five": "5:30", "six": "6:00", "half past six": "6:30", "seven": "7:00", "half past seven": "7:30",
-    "eight": "8:00", "half past eight": "8:30", "nine": "9:00", "half past nine": "9:30",
+    "five": "5:00",
+    "half past five": "5:30",
+    "six": "6:00",
+    "half past six": "6:30",
+    "seven": "7:00",
+    "half past seven": "7:30",
+    "eight": "8:00",
+    "half past eight": "8:30",
+    "nine": "9:00",
+    "half past nine": "9:30",
 }
 
 SKILLS = (
-    Skill("light", {"room": _ROOMS, "set": {"on": "on", "off": "off", "dim": "dim", "bright": "bright", "red": "red", "blue": "blue"}}, (
-        "Make the {room} lights {set}.", "I want the light in the {room} {set}, please.", "Lights {set} in the {room}.",
-        "Can the {room} light be {set}?",
-    )),
-    Skill("heat", {"room": _ROOMS, "to": {"sixteen": 16, "seventeen": 17, "eighteen": 18, "nineteen": 19, "twenty": 20, "twenty-one": 21,
-                                           "twenty-two": 22, "twenty-three": 23}}, (
-        "Heat the {room} to {to} degrees.", "It should be {to} degrees in the {room}.", "Set the {room} to {to} degrees, please.",
-        "I'd like {to} degrees in the {room}.",
-    )),
-    Skill("timer", {"for": _same("eggs", "pasta", "rice", "tea", "bread", "pizza", "laundry", "soup", "cake", "coffee"), "min": _MINUTES}, (
-        "Tell me when the {for} has had {min}.", "The {for} needs {min}, set a timer.", "Timer for the {for}: {min}.",
-        "Remind me about the {for} in {min}.",
-    )),
-    Skill("alarm", {"day": _DAYS, "at": _CLOCK}, (
-        "Wake me at {at} on {day}.", "I have to get up at {at} on {day}.", "Set the alarm for {day} at {at}.",
-        "On {day} I need to be awake by {at}.",
-    )),
-    Skill("music", {"play": _same("jazz", "rock", "blues", "techno", "opera", "folk", "soul", "disco", "reggae", "piano"),
-                     "room": _ROOMS}, (
-        "Play some {play} in the {room}.", "I feel like {play} in the {room}.", "Put {play} on in the {room}, please.",
-        "Let me hear {play} in the {room}.",
-    )),
-    Skill("meet", {"who": _NAMES, "day": _DAYS}, (
-        "I'm seeing {who} on {day}, note it.", "Put {who} in my diary for {day}.", "Meeting with {who} on {day}.",
-        "{day} is for {who}, write it down.",
-    )),
-    Skill("call", {"who": _NAMES, "at": _CLOCK}, (
-        "Ring {who} at {at}.", "I have to phone {who} at {at}.", "Call {who} for me at {at}.", "At {at}, get {who} on the line.",
-    )),
-    Skill("buy", {"item": _same("milk", "apples", "butter", "cheese", "rice", "coffee", "bananas", "onions", "sugar", "soap"),
-                   "day": _DAYS}, (
-        "We need {item} by {day}.", "Put {item} on the list for {day}.", "On {day} I have to buy {item}.",
-        "Don't let me forget the {item} on {day}.",
-    )),
+    Skill(
+        "light",
+        {"room": _ROOMS, "set": {"on": "on", "off": "off", "dim": "dim", "bright": "bright", "red": "red", "blue": "blue"}},
+        (
+            "Make the {room} lights {set}.",
+            "I want the light in the {room} {set}, please.",
+            "Lights {set} in the {room}.",
+            "Can the {room} light be {set}?",
+        ),
+    ),
+    Skill(
+        "heat",
+        {
+            "room": _ROOMS,
+            "to": {
+                "sixteen": 16,
+                "seventeen": 17,
+                "eighteen": 18,
+                "nineteen": 19,
+                "twenty": 20,
+                "twenty-one": 21,
+                "twenty-two": 22,
+                "twenty-three": 23,
+            },
+        },
+        (
+            "Heat the {room} to {to} degrees.",
+            "It should be {to} degrees in the {room}.",
+            "Set the {room} to {to} degrees, please.",
+            "I'd like {to} degrees in the {room}.",
+        ),
+    ),
+    Skill(
+        "timer",
+        {"for": _same("eggs", "pasta", "rice", "tea", "bread", "pizza", "laundry", "soup", "cake", "coffee"), "min": _MINUTES},
+        (
+            "Tell me when the {for} has had {min}.",
+            "The {for} needs {min}, set a timer.",
+            "Timer for the {for}: {min}.",
+            "Remind me about the {for} in {min}.",
+        ),
+    ),
+    Skill(
+        "alarm",
+        {"day": _DAYS, "at": _CLOCK},
+        (
+            "Wake me at {at} on {day}.",
+            "I have to get up at {at} on {day}.",
+            "Set the alarm for {day} at {at}.",
+            "On {day} I need to be awake by {at}.",
+        ),
+    ),
+    Skill(
+        "music",
+        {"play": _same("jazz", "rock", "blues", "techno", "opera", "folk", "soul", "disco", "reggae", "piano"), "room": _ROOMS},
+        (
+            "Play some {play} in the {room}.",
+            "I feel like {play} in the {room}.",
+            "Put {play} on in the {room}, please.",
+            "Let me hear {play} in the {room}.",
+        ),
+    ),
+    Skill(
+        "meet",
+        {"who": _NAMES, "day": _DAYS},
+        (
+            "I'm seeing {who} on {day}, note it.",
+            "Put {who} in my diary for {day}.",
+            "Meeting with {who} on {day}.",
+            "{day} is for {who}, write it down.",
+        ),
+    ),
+    Skill(
+        "call",
+        {"who": _NAMES, "at": _CLOCK},
+        (
+            "Ring {who} at {at}.",
+            "I have to phone {who} at {at}.",
+            "Call {who} for me at {at}.",
+            "At {at}, get {who} on the line.",
+        ),
+    ),
+    Skill(
+        "buy",
+        {"item": _same("milk", "apples", "butter", "cheese", "rice", "coffee", "bananas", "onions", "sugar", "soap"), "day": _DAYS},
+        (
+            "We need {item} by {day}.",
+            "Put {item} on the list for {day}.",
+            "On {day} I have to buy {item}.",
+            "Don't let me forget the {item} on {day}.",
+        ),
+    ),
 )
 
 

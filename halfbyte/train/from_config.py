@@ -1,6 +1,6 @@
 """RunConfig -> a finished run folder: the whole road, for the command line, for `hb.train` and for the tour.
 
-    settings -> tokenizer and rows (cheap, so mistakes in the data are told first) -> model -> loop -> report
+settings -> tokenizer and rows (cheap, so mistakes in the data are told first) -> model -> loop -> report
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,10 @@ from halfbyte.config.run import RunConfig
 from halfbyte.data.load import TrainData, load_data
 from halfbyte.log import logger
 from halfbyte.models.assemble import Assembled, assemble
-from halfbyte.models.load import load_tokenizer
+from halfbyte.models.load import load_tokenizer, token_limit
 from halfbyte.models.source import resolve
 from halfbyte.pages import report
+from halfbyte.redact import terminal
 from halfbyte.train import loop
 from halfbyte.train.loop import TrainResult
 from halfbyte.train.metrics import Observer
@@ -33,11 +34,13 @@ def prepare(config: RunConfig, *, resume: bool = False) -> Prepared:
     """Read the rows, then load and assemble the model.  Raises what these raise, and ConfigError when the folder holds a run already."""
     RunFolder(Path(config.out)).check(resume=resume)
     source = resolve(config.model.name, revision=config.model.revision, allow_download=config.model.allow_download)
-    data = load_data(config, load_tokenizer(source), source)
-    for note in data.report.lines():
-        logger().info(note)
-    if data.labels and not config.model.labels:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"labels": tuple(data.labels)})})
+    data = load_data(
+        config.data, load_tokenizer(source), model_limit=token_limit(source), template=config.model.template, labels=config.model.labels
+    )
+    for note in data.notes:
+        logger().info("data: %s", terminal(note))
+    if config.model.task == "sequence-classification" and not config.model.labels:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"labels": data.labels})})
     return Prepared(config, data, assemble(config))
 
 

@@ -10,16 +10,56 @@ import pytest
 from halfbyte.pages import plots, report
 
 HOSTILE = [
-    "<script>alert(1)</script>", "\"><img src=x onerror=alert(1)>", "'><svg/onload=alert(1)>", "</pre><script>alert(1)</script>",
-    "<iframe src=javascript:alert(1)>", "{{ 7*7 }}", "{% include '/etc/passwd' %}", "</title><script>1</script>",
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "'><svg/onload=alert(1)>",
+    "</pre><script>alert(1)</script>",
+    "<iframe src=javascript:alert(1)>",
+    "{{ 7*7 }}",
+    "{% include '/etc/passwd' %}",
+    "</title><script>1</script>",
     "</style><script>1</script>",
-    "<a href=\"javascript:alert(1)\">x</a>", "<math><mtext></p><style><img src onerror=alert(1)>", "&lt;script&gt;", "javascript:alert(1)",
-    "<meta http-equiv=refresh content='0;url=http://evil.example'>", "<base href=//evil.example>", "<form action=//evil.example>",
-    "\x1b]0;title\x07\x1b[31mred", "<link rel=stylesheet href=//evil.example/a.css>", "\u202egnp.exe", "<object data=x>", "<embed src=x>",
+    '<a href="javascript:alert(1)">x</a>',
+    "<math><mtext></p><style><img src onerror=alert(1)>",
+    "&lt;script&gt;",
+    "javascript:alert(1)",
+    "<meta http-equiv=refresh content='0;url=http://evil.example'>",
+    "<base href=//evil.example>",
+    "<form action=//evil.example>",
+    "\x1b]0;title\x07\x1b[31mred",
+    "<link rel=stylesheet href=//evil.example/a.css>",
+    "\u202egnp.exe",
+    "<object data=x>",
+    "<embed src=x>",
 ]
 ALLOWED_TAGS = {
-    "html", "head", "meta", "title", "style", "body", "header", "h1", "h2", "p", "section", "div", "span", "b", "img", "table", "thead",
-    "tbody", "tr", "th", "td", "ul", "li", "details", "summary", "pre", "footer",
+    "html",
+    "head",
+    "meta",
+    "title",
+    "style",
+    "body",
+    "header",
+    "h1",
+    "h2",
+    "p",
+    "section",
+    "div",
+    "span",
+    "b",
+    "img",
+    "table",
+    "thead",
+    "tbody",
+    "tr",
+    "th",
+    "td",
+    "ul",
+    "li",
+    "details",
+    "summary",
+    "pre",
+    "footer",
 }
 CANARY = "hf_CANARYcanary0123456789"
 
@@ -46,13 +86,19 @@ def make_run(folder: Path, word: str = "plain") -> Path:
     steps += [{"step": 4, "eval_loss": 1.1, "perplexity": 3.0, "best": True}, {"step": 5, "event": f"note {word}"}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     summary = {
-        "status": "done", "method": word, "steps": 8, "seconds": 12.5, "peak_memory_bytes": 2**30, "model": word, "data": word,
+        "status": "done",
+        "method": word,
+        "steps": 8,
+        "seconds": 12.5,
+        "peak_memory_bytes": 2**30,
+        "model": word,
+        "data": word,
         "trainable_share": 0.05,
     }
     (folder / "run.json").write_text(json.dumps(summary))
     (folder / "environment.json").write_text(json.dumps({"machine": {"cpu": word}}))
     (folder / "config.yaml").write_text(f"model: {word!r}\n")
-    (folder / "samples.json").write_text(json.dumps([{"prompt": word, "expected": word, "before": word, "after": word}]))
+    (folder / "samples.json").write_text(json.dumps([{"prompt": word, "reference": word, "before": word, "after": word}]))
     (folder / "scores.json").write_text(json.dumps({"title": word, "columns": [word], "rows": [[word]], "note": word}))
     return folder
 

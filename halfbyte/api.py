@@ -1,0 +1,228 @@
+"""What `import halfbyte` gives: a few functions, each of them one step of the road, and `Run`.
+
+run = hb.train(model="starter", data="rows.jsonl", method="qlora", out="runs/first")
+print(run.generate("..."))
+
+model, tokenizer = hb.load("path/or/id", quant="nf4")     a transformers model, for transformers.Trainer, TRL or an own loop
+hb.inject(model, rank=16, alpha=32, targets="all-linear")
+hb.save_adapter(model, "adapter")                         PEFT's format
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from halfbyte.adapters import folder as adapter_folder
+from halfbyte.config import LoraConfig, RunConfig, load_config, make
+from halfbyte.errors import ConfigError
+from halfbyte.evaluate.opened import Opened, open_model
+from halfbyte.evaluate.rows import evaluate_rows
+from halfbyte.export.merged import Merged, merge_to_folder
+from halfbyte.export.quantized import Quantized, quantize_to_folder
+from halfbyte.lora import inject as injection
+from halfbyte.lora.inject import Injected
+from halfbyte.train.from_config import train_from_config
+from halfbyte.train.metrics import read as read_metrics
+from halfbyte.train.run_folder import RunFolder
+
+__all__ = [
+    "Run",
+    "evaluate",
+    "generate",
+    "inject",
+    "load",
+    "load_adapter",
+    "merge",
+    "open_model",
+    "quantize",
+    "save_adapter",
+    "train",
+    "train_config",
+]
+
+
+def load(
+    model: str | Path = "starter",
+    *,
+    quant: str | None = None,
+    adapter: str | Path | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    allow_download: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(model, tokenizer), both of transformers; `model` is a name, a folder, a GGUF file, a run folder or an adapter folder.
+
+    quant   nf4, fp4 or int8: packed tensor by tensor while loading; None as it lies there
+    Raises ModelError, WeightError, AdapterError, EnvironmentFault.
+    """
+    opened = open_model(model, quant=quant, adapter=adapter, dtype=dtype, revision=revision, allow_download=allow_download)
+    return opened.model, opened.tokenizer  # type: ignore[return-value]
+
+
+def inject(model: nn.Module, *, seed: int = 0, **settings: Any) -> Injected:
+    """Put LoRA layers into a model, in place, and freeze the rest; settings are those of the `lora` group (docs/config.md).
+
+    Raises ConfigError for a setting, TargetError for a target that matches nothing.
+    """
+    return injection.inject(model, make(LoraConfig, settings, "lora"), seed=seed)
+
+
+def save_adapter(model: nn.Module, folder: str | Path, *, base: str | None = None) -> Path:
+    """Write the adapter of a model in PEFT's format; `base` is the name of the base that is noted in it."""
+    return adapter_folder.save_adapter(model, folder, base_name=base)
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> Injected:
+    """Put the adapter of a PEFT folder into a model that has none.  Raises AdapterError where they do not fit; the model is then as before."""
+    return adapter_folder.load_adapter(model, folder)
+
+
+def train(
+    model: str | Path | None = None,
+    data: str | Path | None = None,
+    method: str | None = None,
+    out: str | Path | None = None,
+    *,
+    config: str | Path | None = None,
+    resume: bool = False,
+    **settings: Any,
+) -> "Run":
+    """Fine-tune a model and return the finished run.
+
+    config     a YAML file; what is given here beats it
+    settings   groups as dicts, or single ones by dotted name: train={"max_steps": 40}, **{"lora.rank": 32}
+    resume     go on with the run in `out` from its newest whole checkpoint
+    Raises what the command line says in its error block: subclasses of HalfbyteError.
+    """
+    given = {"model": model, "data": data, "method": method, "out": out}
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in {**given, **settings}.items() if value is not None}
+    path = Path(config) if config is not None else None
+    if resume and path is None and out is not None and data is None:
+        path = RunFolder(Path(out)).config
+    return train_config(load_config(path, flags=flags, origin="hb.train"), resume=resume)
+
+
+def train_config(config: RunConfig, *, resume: bool = False) -> "Run":
+    """Fine-tune as a RunConfig says."""
+    return Run.open(train_from_config(config, resume=resume).run_folder)
+
+
+def evaluate(model: str | Path | Opened, data: str | Path, *, metrics: Sequence[str] = (), **options: Any) -> dict[str, float | int]:
+    """Loss, perplexity and counts of a model, run or adapter folder on rows; with `metrics` also scores of its own answers.
+
+    metrics   any of exact_match, rouge1, rouge2, rougeL, bleu, chrf; a classifier gives accuracy and macro_f1 by itself
+    options   batch_size, max_new_tokens, max_rows, and those of `open_model`: adapter, quant, template
+    """
+    opening = {name: options.pop(name) for name in ("adapter", "quant", "template") if name in options}
+    opened = model if isinstance(model, Opened) else open_model(model, **opening)
+    return evaluate_rows(opened, data, metrics=metrics, **options)
+
+
+def generate(
+    model: str | Path,
+    prompt: str | Sequence[str],
+    *,
+    system: str | None = None,
+    adapter: str | Path | None = None,
+    quant: str | None = None,
+    **options: Any,
+) -> str | list[str]:
+    """The answer to a prompt, or one for each of several; options: max_new_tokens, temperature, top_p, seed, raw."""
+    return _answer(open_model(model, adapter=adapter, quant=quant), prompt, system, options)
+
+
+def merge(run: str | Path, out: str | Path, *, onto: str = "trained", dtype: str = "bfloat16", model: str | None = None) -> Merged:
+    """Fold the adapter of a run or adapter folder into its base and write an ordinary model folder; see export/merged.py."""
+    return merge_to_folder(run, Path(out), onto=onto, dtype=dtype, model=model)
+
+
+def quantize(model: str | Path, out: str | Path, *, format: str = "nf4", blocksize: int = 64, double_quant: bool = True) -> Quantized:
+    """Write a quantized copy of a model in bitsandbytes' format, with its size and error; see export/quantized.py."""
+    return quantize_to_folder(str(model), Path(out), format=format, blocksize=blocksize, double_quant=double_quant)
+
+
+def _answer(opened: Opened, prompt: str | Sequence[str], system: str | None, options: Mapping[str, Any]) -> str | list[str]:
+    one = isinstance(prompt, str)
+    answers = opened.answer([prompt] if isinstance(prompt, str) else prompt, system=system, **{"max_new_tokens": 256, **options})
+    return answers[0] if one else answers
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, and what can be done with it."""
+
+    folder: Path
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Run":
+        """The run in a folder.  Raises ConfigError when there is none."""
+        path = Path(folder)
+        if not RunFolder(path).config.is_file():
+            raise ConfigError(
+                "a run is a folder that `halfbyte train` wrote",
+                code="E-CONF-085",
+                place=str(path),
+                found="no config.yaml in it" if path.is_dir() else "no such folder",
+                remedy="name the folder that was given as out",
+            )
+        return cls(path)
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The resolved settings of the run."""
+        return load_config(RunFolder(self.folder).config)
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """What the run reached: status, steps, losses, time, memory; the contents of run.json."""
+        path = RunFolder(self.folder).summary
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One record per logged step, evaluation and note."""
+        return read_metrics(RunFolder(self.folder).metrics)
+
+    @property
+    def adapter_folder(self) -> Path | None:
+        """The adapter in PEFT's format; None for method full."""
+        return RunFolder(self.folder).adapter if self.config.method != "full" else None
+
+    @property
+    def model_folder(self) -> Path | None:
+        """The trained model, for method full; None otherwise."""
+        return RunFolder(self.folder).model if self.config.method == "full" else None
+
+    @property
+    def report(self) -> Path:
+        """The page of the run."""
+        return self.folder / "report.html"
+
+    @cached_property
+    def opened(self) -> Opened:
+        """The trained model, loaded at first use and kept."""
+        return open_model(self.folder)
+
+    def generate(self, prompt: str | Sequence[str], *, system: str | None = None, **options: Any) -> str | list[str]:
+        """The trained model's answer to a prompt, or one for each of several."""
+        return _answer(self.opened, prompt, system, options)
+
+    def evaluate(self, data: str | Path, *, metrics: Sequence[str] = (), **options: Any) -> dict[str, float | int]:
+        """Loss and scores of the trained model on rows; see `evaluate`."""
+        return evaluate_rows(self.opened, data, metrics=metrics, **options)
+
+    def closing_text(self) -> str:
+        """Where everything is and what to type next."""
+        trained = self.adapter_folder or self.model_folder
+        return "\n".join(
+            [
+                f"{'adapter' if self.adapter_folder else 'model':<8} {trained}",
+                f"report   {self.report}",
+                f"next     halfbyte chat {self.folder}",
+            ]
+        )

@@ -1,0 +1,213 @@
+"""A model, a run folder or an adapter folder, opened for use: answer prompts, stream replies, switch adapters.
+
+| the path is                         | base                                         | adapter          |
+|-------------------------------------|----------------------------------------------|------------------|
+| a run of method qlora or lora       | the run's model in the run's storage         | <run>/adapter    |
+| a run of method full                | <run>/model                                  | none             |
+| an adapter folder inside a run      | as the run                                   | that folder      |
+| any other adapter folder            | `base`, or the base it names if that is here | that folder      |
+| anything else                       | a model: starter, folder, GGUF file, Hub id  | none             |
+
+The base an adapter names is never fetched.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from halfbyte.adapters.store import AdapterStore
+from halfbyte.config import QuantConfig, RunConfig, load_config
+from halfbyte.data.templates import Template, from_tokenizer
+from halfbyte.errors import AdapterError, ConfigError
+from halfbyte.evaluate.prompts import Messages, prompt_tokens
+from halfbyte.formats import peft
+from halfbyte.models.generate import generate
+from halfbyte.models.load import load_model, load_tokenizer
+from halfbyte.models.source import Source, resolve
+
+
+@dataclass(frozen=True)
+class Located:
+    """What a path turned out to be: the base's name, the adapter's folder, and the settings of the run around it."""
+
+    base: str
+    adapter: Path | None = None
+    config: RunConfig | None = None
+
+
+def locate(name: str | Path, *, base: str | None = None) -> Located:
+    """Find out what a path is, by what lies there; see the table of this module.  Raises AdapterError and ConfigError."""
+    path = Path(name).expanduser()
+    if (path / "adapter_config.json").is_file():
+        config = _run_config(path.parent)
+        if base is None and config is not None:
+            base = config.model.name
+        return Located(base or _named_base(path), path, config)
+    config = _run_config(path)
+    if config is None:
+        return Located(base or str(name))
+    if config.method == "full":
+        return Located(str(_trained(path, "model")), None, config)
+    return Located(base or config.model.name, _trained(path, "adapter"), config)
+
+
+def _run_config(folder: Path) -> RunConfig | None:
+    file = folder / "config.yaml"
+    return load_config(file) if file.is_file() and (folder / "metrics.jsonl").is_file() else None
+
+
+def _trained(run: Path, part: str) -> Path:
+    if not (run / part).is_dir():
+        raise ConfigError(
+            "only a run that has finished can be used",
+            code="E-CONF-081",
+            place=str(run),
+            found=f"no folder {part}",
+            expected=f"{run / part}",
+            remedy=f"finish it first: halfbyte train --resume {run}",
+        )
+    return run / part
+
+
+def _named_base(adapter: Path) -> str:
+    named = peft.read(adapter).base_name
+    if named == "starter" or Path(named).expanduser().exists():
+        return named
+    raise AdapterError(
+        "the base of an adapter must be at hand",
+        code="E-ADAPT-080",
+        place=str(adapter),
+        found=f"it names {named!r}, which is no folder here",
+        remedy="name the base with --model; a name in an adapter is never fetched",
+    )
+
+
+class Opened:
+    """A loaded model with its tokenizer, its chat template and its adapters."""
+
+    def __init__(
+        self, located: Located, source: Source, model: nn.Module, tokenizer: PreTrainedTokenizerBase, template: str | None
+    ) -> None:
+        self.located, self.source, self.model, self.tokenizer = located, source, model, tokenizer
+        self.template_path = template
+        self._template: Template | None = None
+        self.store = AdapterStore(model)
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """Names of the adapters at hand."""
+        return list(self.store.names)
+
+    @property
+    def active(self) -> str | None:
+        """Name of the adapter in use; None for the bare model."""
+        return self.store.active
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Classes of a classifier; empty for a language model."""
+        return self.located.config.model.labels if self.located.config else ()
+
+    @property
+    def train_on(self) -> str:
+        """Which turns of a conversation carry the loss: as in the run, else the assistant's."""
+        return self.located.config.data.train_on if self.located.config else "assistant"
+
+    def title(self) -> str:
+        """What this is, in a few words."""
+        return self.source.name + (f" with adapter {self.active}" if self.active else "")
+
+    def add(self, folder: Path) -> str:
+        """Put an adapter folder at hand, under its folder's name (its run's name for <run>/adapter); returns the name."""
+        folder = folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder
+        name = folder.resolve().parent.name if folder.name == "adapter" else folder.resolve().name
+        self.store.add(name, folder)
+        return name
+
+    def activate(self, name: str | None) -> None:
+        """Use an adapter by name or by folder; None is the bare model."""
+        if name is not None and name not in self.store.names and Path(name).expanduser().is_dir():
+            name = self.add(Path(name).expanduser())
+        self.store.activate(name)
+        self.model.eval()
+
+    @property
+    def template(self) -> Template:
+        """The chat template; of a model without one, the plain one for prompt and completion."""
+        if self._template is None:
+            self._template = from_tokenizer(self.tokenizer, self.template_path, shape="prompt-completion")
+        return self._template
+
+    def reply(self, messages: Messages, *, stream: Callable[[str], None] | None = None, **options: Any) -> str:
+        """The model's next message in a conversation; `stream` is told each piece as it comes."""
+        return generate(self.model, self.tokenizer, prompt_tokens(self.template, self.tokenizer, [messages]), stream=stream, **options)[0]
+
+    def answer(self, prompts: Sequence[str], *, system: str | None = None, raw: bool = False, **options: Any) -> list[str]:
+        """One answer for each prompt; `raw` continues the text itself, without the chat template."""
+        if raw:
+            tokens = [self.tokenizer(prompt).input_ids for prompt in prompts]
+        else:
+            first = [{"role": "system", "content": system}] if system else []
+            talks = [[*first, {"role": "user", "content": prompt}] for prompt in prompts]
+            tokens = prompt_tokens(self.template, self.tokenizer, talks)
+        return generate(self.model, self.tokenizer, tokens, **options)
+
+
+def open_model(
+    name: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    quant: str | QuantConfig | None = None,
+    base: str | None = None,
+    dtype: str | None = None,
+    template: str | None = None,
+    revision: str | None = None,
+    allow_download: bool = False,
+) -> Opened:
+    """Open a model, run or adapter folder; see the table of this module.
+
+    adapter  an adapter folder on top, in place of the one the path brings
+    quant    storage of the base: nf4, fp4, int8 or none; a run keeps the one it was trained with
+    """
+    located = locate(name, base=base)
+    if adapter is not None:
+        found = locate(adapter, base=located.base)
+        located = Located(located.base, found.adapter, found.config or located.config)
+    config = located.config
+    source = resolve(located.base, revision=revision, allow_download=allow_download)
+    model = load_model(
+        source,
+        dtype=dtype or (config.model.dtype if config else "auto"),
+        quant=_storage(quant, config),
+        task=config.model.task if config else "causal-lm",
+        labels=config.model.labels if config else (),
+    )
+    opened = Opened(located, source, model, load_tokenizer(source), template or (config.model.template if config else None))
+    if located.adapter is not None:
+        opened.activate(opened.add(located.adapter))
+    return opened
+
+
+def _storage(quant: str | QuantConfig | None, config: RunConfig | None) -> QuantConfig | None:
+    """The storage asked for, or that of the run; None is as it lies in the folder."""
+    if quant is None:
+        if config is None or config.quant_format == "none":
+            return None
+        return config.quant.model_copy(update={"format": config.quant_format})
+    if isinstance(quant, QuantConfig):
+        return quant
+    formats = ("nf4", "fp4", "int8", "none")
+    if quant not in formats:
+        raise ConfigError(
+            "the storage of a base is one of four",
+            code="E-CONF-082",
+            place="--quant",
+            found=quant,
+            expected=", ".join(formats),
+            remedy="leave it out to keep the weights as they are",
+        )
+    return None if quant == "none" else QuantConfig(format=quant)  # type: ignore[arg-type]

@@ -1,0 +1,97 @@
+"""Judge an opened model by the rows of a file: loss and perplexity, and by choice its own answers or labels.
+
+    loss X          sum of the token losses / trained tokens, the same for every batch size
+    exact_match ..  the model answers each row's prompt, greedily, and the answer is compared with the row's own
+
+Of a conversation with several turns the last assistant message is the one that is answered.  Rows that are too long are left out of both
+and counted.  A classifier gives the share of right labels and their macro F1.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from halfbyte.config import DataConfig, make
+from halfbyte.data.batches import Batch, Batches
+from halfbyte.data.load import TrainData, load_data
+from halfbyte.errors import ConfigError, DataError, nearest
+from halfbyte.evaluate import generation
+from halfbyte.evaluate.classification import evaluate_classes
+from halfbyte.evaluate.loss import evaluate_loss
+from halfbyte.evaluate.opened import Opened
+from halfbyte.evaluate.prompts import prompt_of
+from halfbyte.models.generate import generate
+from halfbyte.models.load import token_limit
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+METRICS = ("exact_match", *ROUGE, "bleu", "chrf")
+
+
+def evaluate_rows(
+    opened: Opened,
+    data: str | Path,
+    *,
+    metrics: Sequence[str] = (),
+    batch_size: int = 8,
+    max_new_tokens: int = 128,
+    max_rows: int | None = None,
+) -> dict[str, float | int]:
+    """loss, perplexity, tokens, rows, then the scores asked for, in this order.  Raises DataError and ConfigError."""
+    _check_names(metrics)
+    read = _read(opened, data, max_rows, opened.train_on)
+    batches = _batches(read, opened, batch_size)
+    seen = evaluate_loss(opened.model, batches)
+    found: dict[str, float | int] = {"loss": seen.loss, "perplexity": seen.perplexity, "tokens": seen.tokens, "rows": len(read.train)}
+    if opened.labels:
+        return {**found, **evaluate_classes(opened.model, batches)}
+    if not metrics:
+        return found
+    examples = _read(opened, data, max_rows, "last-assistant").train
+    prompts = [prompt_of(example) for example in examples]
+    if not all(prompts):
+        raise DataError(
+            "answers can be scored only where a row has a prompt",
+            code="E-DATA-082",
+            place=str(data),
+            found=f"rows of the shape {read.shape.name}",
+            expected="messages, prompt and completion, or alpaca",
+            remedy="leave --metrics out: the loss needs no prompt",
+        )
+    references = [opened.tokenizer.decode(row.input_ids[len(prompt) :], skip_special_tokens=True) for row, prompt in zip(examples, prompts)]
+    answers = generate(opened.model, opened.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return {**found, **scores(answers, references, metrics)}
+
+
+def scores(answers: Sequence[str], references: Sequence[str], metrics: Sequence[str]) -> dict[str, float]:
+    """The metrics by their names here; one ROUGE is taken out of the library's three."""
+    _check_names(metrics)
+    kinds = list(dict.fromkeys("rouge" if name in ROUGE else name for name in metrics))
+    found = generation.score(list(answers), list(references), kinds)
+    return {name: found[name] for name in metrics}
+
+
+def _check_names(metrics: Sequence[str]) -> None:
+    for name in metrics:
+        if name not in METRICS:
+            raise ConfigError(
+                "a score must be one of those known",
+                code="E-CONF-086",
+                place="--metrics",
+                found=name,
+                expected=", ".join(METRICS),
+                remedy=nearest(name, METRICS),
+            )
+
+
+def _read(opened: Opened, data: str | Path, max_rows: int | None, train_on: str) -> TrainData:
+    shape = {"shape": "classification"} if opened.labels else {}
+    own = {} if opened.labels else {"train_on": train_on}
+    config = make(DataConfig, {"path": str(data), "eval_rows": 0, "max_rows": max_rows, **shape, **own}, "data")
+    return load_data(config, opened.tokenizer, model_limit=token_limit(opened.source), template=opened.template_path, labels=opened.labels)
+
+
+def _batches(read: TrainData, opened: Opened, batch_size: int) -> list[Batch]:
+    pad = opened.tokenizer.pad_token_id
+    batches = Batches(
+        read.train, micro_batch_size=batch_size, global_batch_size=batch_size, seed=0, pad_id=0 if pad is None else pad, shuffle=False
+    )
+    return [batch for window in batches.epoch(0) for batch in window]

@@ -1,0 +1,1 @@
+"""Where a trained model goes: one file for each destination."""

@@ -1,0 +1,115 @@
+"""An adapter folded into its base, written as an ordinary model folder in 16 bits (or 32) that any program loads.
+
+    onto trained    W = dequantize(the packed weight the adapter was trained on) + delta     what was trained, exactly
+    onto original   W = the weight before quantization + delta                               another base than the adapter has seen
+
+A 4-bit base is dequantized and stays so: quantizing the sum again would round away most of what was learnt (peft#2321).  The finished
+folder is loaded again and its logits are compared with those of the unmerged model.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from halfbyte import surgery
+from halfbyte.errors import AdapterError, ConfigError
+from halfbyte.evaluate.opened import open_model
+from halfbyte.export import folder, probe
+from halfbyte.lora.merge import merge
+from halfbyte.models.load import load_model, load_tokenizer
+from halfbyte.models.save import save_dense
+from halfbyte.models.source import resolve
+from halfbyte.quant.dense import dense_weight, with_weight
+from halfbyte.quant.linear import QuantLinear
+from halfbyte.units import bytes_text, percent_text
+
+BASES = ("trained", "original")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge did; `difference` compares the written folder, loaded again, with the unmerged model."""
+
+    out: Path
+    onto: str
+    base: str
+    storage: str
+    dtype: str
+    merged: int
+    dequantized: int
+    rounding_error: float
+    untied: bool
+    bytes: int
+    difference: probe.Difference
+
+    def text(self) -> str:
+        """The report that is printed."""
+        seen = self.difference
+        lines = [
+            f"merged {self.merged} adapted weights into {self.base}, written in {self.dtype}: {self.out} ({bytes_text(self.bytes)})",
+            f"largest logit difference to the unmerged model {seen.largest:.4g} (mean {seen.mean:.3g}, largest logit {seen.largest_logit:.3g}), "
+            f"same likeliest token at {percent_text(seen.same_choice)} of {seen.positions} positions",
+        ]
+        if self.onto == "original" and self.storage != "none":
+            lines.append(
+                f"what this changes: the adapter was trained on the {self.storage} base and has learnt to work with its rounding; the original "
+                f"weights differ from it, so the merged model is not the one that was trained. --onto trained keeps it."
+            )
+        elif self.storage != "none":
+            lines.append(
+                f"the {self.storage} weights were written out as they are ({self.dequantized} more layers without an adapter too); "
+                f"nothing was quantized again. Quantizing this folder later changes it."
+            )
+        if self.untied:
+            lines.append("output head and embedding were one table and are two now (tie_word_embeddings is false)")
+        return "\n".join(lines)
+
+
+def merge_to_folder(run: str | Path, out: Path, *, onto: str = "trained", dtype: str = "bfloat16", model: str | None = None) -> Merged:
+    """Merge the adapter of a run or adapter folder and write the model to `out`.  Raises ConfigError, AdapterError, StorageError."""
+    for name, value, legal in (("--onto", onto, BASES), ("--dtype", dtype, tuple(DTYPES))):
+        if value not in legal:
+            raise ConfigError("this choice is not known", code="E-CONF-083", place=name, found=value, expected=", ".join(legal),
+                              nothing_done="Nothing was merged.")  # fmt: skip
+    folder.require_new(out)
+    opened = open_model(run, base=model, dtype="float32" if dtype == "float32" else None)
+    if opened.active is None:
+        raise AdapterError(
+            "only a model with an adapter can be merged",
+            code="E-ADAPT-081",
+            place=str(run),
+            found="no adapter folder",
+            remedy="name a run of method qlora or lora, or an adapter folder",
+            nothing_done="Nothing was merged.",
+        )
+    storage = opened.located.config.quant_format if opened.located.config else "none"
+    unmerged = probe.logits_of(opened.model, opened.tokenizer)
+    if onto == "original" and storage != "none":
+        opened = open_model(run, base=model, quant="none", dtype="float32" if dtype == "float32" else None)
+    report = merge(opened.model)
+    dequantized = write_out(opened.model)
+    opened.model.to(DTYPES[dtype])
+    save_dense(opened.model, opened.tokenizer, out)
+    count, error, untied = report.count, report.rounding_error, report.untied
+    base = opened.source.name
+    del opened, report
+    difference = probe.compare(unmerged, _logits_of_folder(out, dtype))
+    return Merged(out, onto, base, storage, dtype, count, dequantized, error, untied, folder.size_of(out), difference)
+
+
+def write_out(model: nn.Module) -> int:
+    """Replace every packed layer by a dense one with the same weight; returns how many."""
+    packed = list(surgery.modules_of(model, lambda _, module: isinstance(module, QuantLinear)))
+    for name, layer in packed:
+        surgery.replace(model, name, with_weight(layer, dense_weight(layer), layer.bias))
+    return len(packed)
+
+
+def _logits_of_folder(out: Path, dtype: str) -> list[torch.Tensor]:
+    """Logits of the written folder, loaded as any other model is."""
+    source = resolve(str(out))
+    model = load_model(source, dtype="bfloat16" if dtype == "bfloat16" else "float32")
+    return probe.logits_of(model, load_tokenizer(source))

@@ -1,0 +1,76 @@
+"""A model folder in 4 or 8 bits, in bitsandbytes' format, with its size and the error that was made.
+
+The error of a weight is |W - dequantize(quantize(W))| / |W| in the Frobenius norm, measured tensor by tensor from the files themselves,
+so neither model is held in memory for it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from halfbyte import surgery
+from halfbyte.config.quant import QuantConfig
+from halfbyte.errors import ConfigError, WeightError
+from halfbyte.export import folder
+from halfbyte.formats import safetensors_io
+from halfbyte.models.load import load_model, load_tokenizer
+from halfbyte.models.save import save_quantized
+from halfbyte.models.source import Source, resolve
+from halfbyte.quant.dense import dense_weight
+from halfbyte.quant.linear import QuantLinear
+from halfbyte.units import bytes_text, percent_text
+
+FORMATS = ("nf4", "fp4", "int8")
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a quantization did; `errors` holds (weight, relative error), the worst first."""
+
+    out: Path
+    format: str
+    layers: int
+    bytes_before: int
+    bytes_after: int
+    errors: tuple[tuple[str, float], ...]
+
+    def text(self) -> str:
+        """The report that is printed."""
+        mean = sum(error for _, error in self.errors) / len(self.errors)
+        lines = [
+            f"{self.layers} weights in {self.format}: {self.out}",
+            f"size {bytes_text(self.bytes_before)} -> {bytes_text(self.bytes_after)} ({percent_text(self.bytes_after / self.bytes_before)})",
+            f"relative error of a weight: mean {percent_text(mean)}, largest:",
+        ]
+        return "\n".join([*lines, *(f"  {percent_text(error):>8}  {name}" for name, error in self.errors[:5])])
+
+
+def quantize_to_folder(model: str, out: Path, *, format: str = "nf4", blocksize: int = 64, double_quant: bool = True) -> Quantized:
+    """Quantize a model while it is loaded and write the folder.  Raises ConfigError, ModelError, WeightError, StorageError."""
+    if format not in FORMATS:
+        raise ConfigError("this storage is not known", code="E-CONF-084", place="--format", found=format, expected=", ".join(FORMATS),
+                          nothing_done="Nothing was written.")  # fmt: skip
+    folder.require_new(out)
+    source = resolve(model)
+    loaded = load_model(source, quant=QuantConfig.model_validate({"format": format, "blocksize": blocksize, "double_quant": double_quant}))
+    errors = relative_errors(loaded, source)
+    save_quantized(loaded, load_tokenizer(source), out)
+    worst = tuple(sorted(errors, key=lambda entry: -entry[1]))
+    return Quantized(out, format, len(errors), folder.size_of(source.folder), folder.size_of(out), worst)
+
+
+def relative_errors(model: nn.Module, source: Source) -> list[tuple[str, float]]:
+    """(name, relative error) of each packed layer against the weight in the model's own files."""
+    found = []
+    with safetensors_io.open_folder(source.folder) as tensors:
+        for name, layer in surgery.modules_of(model, lambda _, module: isinstance(module, QuantLinear)):
+            original = tensors.get(f"{name}.weight")
+            if original is None:
+                raise WeightError(
+                    "a quantized layer must have its weight in the files", code="E-WEIGHT-080", place=name, found="no such tensor"
+                )
+            gap = dense_weight(layer, torch.float32) - original.float()
+            found.append((name, float(gap.norm() / original.float().norm().clamp_min(1e-30))))
+    return found
