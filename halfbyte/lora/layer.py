@@ -3,8 +3,9 @@
     y_TO = base(x_TI) + scaling * B_OR (A_RI drop(x_TI))          scaling = alpha / rank
 
 The base is any layer whose dense weight can be asked for (quant/dense.py): nn.Linear, Conv1D, QuantLinear.  It is never changed.
-The factors are float32 by default whatever the base is kept in; the input is cast to them, and the sum back to the type of
-the base's result.  That type is never read from a weight, because a packed weight is uint8.
+The factors are float32 masters by default whatever the base is kept in.  The plain update is computed in the type of the base's result,
+with the factors rounded to it and every product accumulated in float32: so layers that share an input share what the backward pass
+keeps of it.  DoRA and a lora_bias are computed in the factors' type.  No type is ever read from a weight: a packed weight is uint8.
 
 An initialisation that needs "base minus its own start" (PiSSA) keeps the start as two constant factors beside the trained ones:
 
@@ -94,6 +95,9 @@ class LoraLinear(nn.Module):
         dropping = self.training and self.dropout > 0
         h = F.dropout(x, self.dropout) if dropping else x
         lora_a, lora_b = self.factors()
+        if self.magnitude is None and self.lora_bias is None and y.dtype == x.dtype:
+            low_TR = F.linear(h, lora_a.to(y.dtype)).flatten(0, -2)
+            return torch.addmm(y.flatten(0, -2), low_TR, lora_b.to(y.dtype).T, alpha=self.scaling).view_as(y)
         update = F.linear(F.linear(h.to(lora_a.dtype), lora_a), lora_b, self.lora_bias) * self.scaling
         if self.magnitude is None:
             return (y + update).to(y.dtype)

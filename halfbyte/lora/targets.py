@@ -4,7 +4,7 @@ How a pattern meets a name:
 
 | pattern | matches |
 |---|---|
-| `all-linear`                 | every linear layer but the output head and what is trained whole |
+| `all-linear`                 | every linear layer and all fused experts, but not the head, routers, or what is trained whole |
 | `q_proj`, `self_attn.q_proj` | modules of exactly this name or ending in "." + it; a module `my_q_proj` is not meant |
 | `.*layers\\.[01]\\..*_proj`  | (any other character than letters, digits, "_" and ".") whole names by regular expression |
 | `experts.gate_up_proj`       | a fused expert parameter, by the name of its module + "." + its own |
@@ -144,7 +144,7 @@ def resolve(model: nn.Module, config: LoraConfig) -> list[str]:
     chosen: set[str] = set()
     for pattern in patterns:
         if pattern == ALL_LINEAR:
-            found = [name for name, kind in kinds.items() if kind == "linear" and name != head]
+            found = [name for name, kind in kinds.items() if kind in ("linear", "experts") and name != head]
         else:
             found = [name for name in kinds if matches(pattern, name)]
             if not found:

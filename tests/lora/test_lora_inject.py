@@ -36,7 +36,7 @@ def classifier() -> nn.Module:
 # --- which modules ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [llama, gpt2, qwen2, mixtral, classifier])
+@pytest.mark.parametrize("make", [llama, gpt2, qwen2, classifier])
 def test_all_linear_means_what_peft_means(make: object) -> None:
     """T46, T56: every linear layer but the head; the fresh head of a classifier is trained whole, as PEFT does."""
     model = make()  # type: ignore[operator]
@@ -48,6 +48,13 @@ def test_all_linear_means_what_peft_means(make: object) -> None:
     trainable, total = theirs.get_nb_trainable_parameters()
     assert (done.trainable_params, done.total_params) == (trainable, total)
     assert config_of(model).fully_trained == (("score",) if make is classifier else ())
+
+
+def test_all_linear_reaches_the_experts_and_not_the_router() -> None:
+    """T56: fused experts are linear layers that lost their modules; a router is left alone."""
+    names = inject(mixtral(), LoraConfig(rank=2)).names
+    assert {name.rpartition(".")[2] for name in names} == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"}
+    assert len(names) == 2 * 6
 
 
 @pytest.mark.parametrize("pattern,name,expected", [
@@ -240,7 +247,8 @@ def test_the_start_depends_on_the_seed_alone() -> None:
     script = (
         "import sys, hashlib, torch; from torch import nn; from halfbyte.config.lora import LoraConfig;"
         "from halfbyte.lora.inject import eject, inject; from halfbyte.lora.tensors import adapter_tensors;"
-        "m = nn.ModuleDict({n: nn.Embedding(5, 6) if n == 'embed_tokens' else nn.Linear(6, 6) for n in ('v_proj', 'a', 'q_proj', 'embed_tokens')});"
+        "line = lambda: nn.Linear(6, 6);"
+        "m = nn.ModuleDict({'v_proj': line(), 'a': line(), 'q_proj': line(), 'embed_tokens': nn.Embedding(5, 6)});"
         "digest = lambda: hashlib.sha256(b''.join(n.encode() + t.numpy().tobytes() for n, t in adapter_tensors(m).items())).hexdigest();"
         "c = LoraConfig(rank=2, targets=('q_proj', 'embed_tokens', 'v_proj', 'a'));"
         "inject(m, c, seed=0); print(digest()); eject(m); inject(m, c, seed=5); print(digest())"
