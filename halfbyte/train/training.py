@@ -103,14 +103,17 @@ class Training:
     # -- start ------------------------------------------------------------------------------------------------------------------
 
     def begin(self, resume: bool) -> None:
-        """Write the folder's first files, restore the checkpoint when resuming, and say what is going to happen."""
+        """Restore the checkpoint when resuming, write the folder's first files, and say what is going to happen.
+
+        A resume that is refused has written nothing.
+        """
         torch.manual_seed(self.config.train.seed)
         if self.config.train.gradient_checkpointing:
             recompute(self.model)
         self.model.train()
-        self.folder.write_start(self.config)
         if resume:
             self._go_on_from_checkpoint()
+        self.folder.write_start(self.config)
         self.metrics.cut(self.progress.metrics_offset)
         self.history = self.metrics.records()
         self.seconds_before = sum(record.get("seconds", 0.0) for record in self.history)
@@ -264,8 +267,8 @@ class Training:
 
     def _save_is_due(self, improved: bool) -> bool:
         every, step = self.config.train.save_every_steps, self.progress.step
-        if self.saver.last_saved == step:
-            return False
+        if self.saver.last_saved == step or (self.progress.bad_in_a_row and step < self.total_steps):
+            return False  # a return to a checkpoint must lead out of a row of bad steps, not into it
         if step == 0:
             return self.config.train.on_nan == "rollback"
         if improved and self.config.train.keep_best:

@@ -292,7 +292,7 @@ def test_a_classifier_learns_in_the_same_loop(tmp_path: Path) -> None:
     model = adapted(model, awake=False, fully_trained=("score",))
     ear = Quiet()
     settings = {"model.task": "sequence-classification", "train.epochs": 4.0, "train.global_batch_size": 8, "optim.learning_rate": 2e-2}
-    result = loop.run(config(tmp_path / "run", **settings), assembled(model), data(classes(160), classes(40, seed=4)), observers=[ear])
+    result = loop.run(config(tmp_path / "run", **settings), assembled(model), data(classes(64), classes(16, seed=4)), observers=[ear])
     assert result.first_eval_loss is not None
     assert result.best_eval_loss is not None
     assert result.first_eval_loss > 0.8

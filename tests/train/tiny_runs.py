@@ -52,12 +52,12 @@ def uneven(count: int, *, seed: int = 0, longest: int = 24) -> list[Example]:
 
 
 def classes(count: int, labels: int = 3, seed: int = 0) -> list[Example]:
-    """Rows whose class is written in their first token."""
+    """Rows whose class is written in their last token."""
     rng = random.Random(seed)
     made = []
     for row in range(count):
         label = rng.randrange(labels)
-        ids = [10 + label] + [rng.randrange(20, VOCABULARY) for _ in range(rng.randrange(2, 12))]
+        ids = [rng.randrange(20, VOCABULARY) for _ in range(rng.randrange(2, 12))] + [10 + label]
         made.append(Example(ids, [-100] * len(ids), row, f"rows line {row + 1}", label))
     return made
 
