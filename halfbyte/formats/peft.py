@@ -121,7 +121,7 @@ def _staged(folder: Path) -> Iterator[Path]:
         _sync(folder)
     except OSError as failure:
         raise StorageError(
-            "an adapter can be written", code="E-STORE-040", place=str(folder), found=str(failure),
+            "an adapter can be written", code="E-STORE-060", place=str(folder), found=str(failure),
             remedy="free space, or name another folder", nothing_done="Nothing was saved.",
         ) from failure  # fmt: skip
     finally:

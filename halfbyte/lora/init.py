@@ -105,7 +105,7 @@ def loftq(layer: AdapterLayer, start: Start) -> None:
     base = layer.frozen_base
     if isinstance(base, QuantLinear) or start.quant.format in ("none", "int8"):
         raise UnsupportedError(
-            "init loftq quantizes the dense layer itself, into 4 bits", code="E-UNSUP-041", place=start.name,
+            "init loftq quantizes the dense layer itself, into 4 bits", code="E-UNSUP-045", place=start.name,
             found=f"{type(base).__name__}, format {start.quant.format}", expected="a dense base and format nf4 or fp4",
             remedy="load the model without quantization, or set lora.init=pissa",
         )  # fmt: skip

@@ -7,6 +7,7 @@ All state lives in the tree itself (each adapter layer knows its config), so a d
 Does not read or write files (formats/peft.py) and does not choose names (targets.py).
 """
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from halfbyte.lora.layer import DTYPES, LoraLinear
 from halfbyte.lora.targets import alpha_of, candidates, completed, fully_trained, rank_of, resolve
 from halfbyte.lora.trained import TrainedParts
 from halfbyte.quant.dense import shape_of
+from halfbyte.quant.experts import QuantExperts
 from halfbyte.quant.linear import QuantLinear
 from halfbyte.surgery import freeze, modules_of, replace, trainable
 
@@ -81,7 +83,9 @@ def config_of(model: nn.Module) -> LoraConfig:
 
 def total_parameters(model: nn.Module) -> int:
     """Parameters of the model, packed weights counted as what they stand for, adapters included; shared ones once."""
-    packed = sum(shape_of(module)[0] * shape_of(module)[1] for module in model.modules() if isinstance(module, QuantLinear))
+    shapes: list[tuple[int, ...]] = [shape_of(module) for module in model.modules() if isinstance(module, QuantLinear)]
+    shapes += [shape for module in model.modules() if isinstance(module, QuantExperts) for shape in module.shapes.values()]
+    packed = sum(math.prod(shape) for shape in shapes)
     return packed + sum(parameter.numel() for parameter in model.parameters())
 
 

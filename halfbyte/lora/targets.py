@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from halfbyte.config.lora import LoraConfig
-from halfbyte.errors import ConfigError, TargetError, nearest
+from halfbyte.errors import TargetError, nearest
 from halfbyte.quant.dense import is_linear_like
 from halfbyte.quant.experts import expert_shapes
 
@@ -28,12 +28,12 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]+")
 
 
 def compiled(pattern: str) -> re.Pattern[str]:
-    """The pattern as a regular expression; ConfigError where it is not one."""
+    """The pattern as a regular expression; TargetError where it is not one."""
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ConfigError(
-            "a pattern must be a module name or a regular expression", code="E-CONF-090", found=pattern, expected=str(error),
+        raise TargetError(
+            "a pattern must be a module name or a regular expression", code="E-TARGET-005", found=pattern, expected=str(error),
         ) from None  # fmt: skip
 
 

@@ -46,9 +46,12 @@ def assemble(config: RunConfig, *, for_training: bool = True) -> Assembled:
     source = resolve(config.model.name, revision=config.model.revision, allow_download=config.model.allow_download)
     quant = config.quant.model_copy(update={"format": config.quant_format})
     dtype, reason = choose_dtype(config.model.dtype)
+    # LoftQ quantizes the dense layers itself, together with their factors.
+    at_load = quant.model_copy(update={"format": "none"}) if config.method != "full" and config.lora.init == "loftq" else quant
     model = load_model(
-        source, dtype=config.model.dtype, quant=quant, task=config.model.task, labels=config.model.labels, attention=config.model.attention
-    )
+        source, dtype=config.model.dtype, quant=at_load, task=config.model.task, labels=config.model.labels,
+        attention=config.model.attention,
+    )  # fmt: skip
     tokenizer = load_tokenizer(source)
     if config.model.task == "sequence-classification":
         model.config.pad_token_id = tokenizer.pad_token_id

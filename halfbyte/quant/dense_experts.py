@@ -1,7 +1,7 @@
 """A dense module of fused experts with other weights: what dense.with_weight is for linear layers.
 
-The new module is of the stock class, with the weights in the stock layout ((E, O, I), or (E, I, O) where `is_transposed`), and shares biases, norms
-and settings with the old one.  Packed experts are dequantized expert by expert; nothing is ever packed again.
+The new module is of the stock class, with the weights in the stock layout ((E, O, I), or (E, I, O) where `is_transposed`), and
+shares biases, norms and settings with the old one.  Packed experts are dequantized expert by expert; nothing is ever packed again.
 """
 
 import torch

@@ -14,11 +14,13 @@ from halfbyte.adapters.folder import load_adapter, save_adapter, task_of
 from halfbyte.config.lora import LoraConfig
 from halfbyte.config.quant import QuantConfig
 from halfbyte.errors import AdapterError, HalfbyteError, TargetError, UnsupportedError
-from halfbyte.lora.inject import config_of, eject, inject, updates
+from halfbyte.lora.inject import config_of, eject, inject, total_parameters, updates
 from halfbyte.lora.targets import condensed, matches, resolve
 from halfbyte.lora.tensors import adapter_tensors, collected, live_tensors, load_adapter_tensors, without_gradient
 from halfbyte.quant.dense import dense_weight
+from halfbyte.quant.experts import QuantExperts, is_experts
 from halfbyte.quant.linear import QuantLinear
+from halfbyte.surgery import modules_of, replace
 
 
 @torch.no_grad()
@@ -79,7 +81,7 @@ def test_condensed_names_mean_exactly_the_chosen() -> None:
     ({"targets": ("mlp",)}, "E-TARGET-002", "model.layers.0.mlp"), ({"targets": ("input_layernorm",)}, "E-TARGET-002", "linear layer"),
     ({"targets": ("q_proj",), "exclude": ("q_proj",)}, "E-TARGET-003", "none of 2 left"), ({"layers": (7,)}, "E-TARGET-003", "none of 14"),
     ({"exclude": ("q_prj",)}, "E-TARGET-001", "q_prj"), ({"fully_trained": ("lm_haed",)}, "E-TARGET-001", "did you mean lm_head"),
-    ({"targets": r"q_proj("}, "E-CONF-090", "q_proj("),
+    ({"targets": r"q_proj("}, "E-TARGET-005", "q_proj("),
 ])  # fmt: skip
 def test_a_target_that_matches_nothing_is_an_error(settings: dict[str, object], code: str, said: str) -> None:
     model = llama()
@@ -238,7 +240,7 @@ def test_loftq_is_nearer_to_the_dense_model_than_plain_quantization(tmp_path: Pa
     assert errors[0] > 1.2 * errors[1] > 1.2 * errors[2]
     save_adapter(model, tmp_path / "adapter")
     assert "LoftQ" in (tmp_path / "adapter" / "README.md").read_text()
-    with pytest.raises(UnsupportedError, match="E-UNSUP-041"):
+    with pytest.raises(UnsupportedError, match="E-UNSUP-045"):
         inject(quantized(llama()), LoraConfig(rank=2, init="loftq"))
 
 
@@ -368,3 +370,11 @@ def test_a_deep_copy_keeps_its_adapter() -> None:
     twin = copy.deepcopy(model)
     assert config_of(twin) == config_of(model)
     assert collected(twin).config.ranks == {f"model.layers.{n}.self_attn.q_proj": 3 for n in (0, 1)}
+
+
+@pytest.mark.parametrize("make", [llama, mixtral])
+def test_packed_weights_count_as_what_they_stand_for(make: object) -> None:
+    dense, packed = make(), quantized(make())  # type: ignore[operator]
+    for name, module in modules_of(packed, lambda _, module: is_experts(module)):
+        replace(packed, name, QuantExperts.from_experts(module, name=name))
+    assert total_parameters(packed) == total_parameters(dense) == sum(parameter.numel() for parameter in dense.parameters())
