@@ -117,8 +117,9 @@ def test_zero_and_denormal_blocks() -> None:
                 assert absmax[1] == x[64:128].float().abs().max()
                 alone = run.quantize_blockwise(x[128:], CODEBOOKS["nf4"], 64)
                 assert same_bits(packed[64:], alone[0])
-    packed, _ = quantize_blockwise(torch.zeros(64), CODEBOOKS["nf4"], 64)
-    assert (packed == 0x77).all()
+    for run in (write_cpu, write_reference):
+        packed, _ = run.quantize_blockwise(torch.zeros(64), CODEBOOKS["nf4"], 64)
+        assert (packed == 0x77).all()
 
 
 def test_offsets_beyond_two_to_the_31() -> None:
@@ -147,6 +148,17 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
     for value in values.tolist():
         got = torch.tensor(int(read_cpu.narrow(np.float32(value))), dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
         assert same_bits(got, torch.tensor(value).to(torch.bfloat16)), value
+
+
+def test_halves_round_to_even_on_every_path() -> None:
+    """# T57: products that lie exactly between two bfloat16 values, which random numbers hardly ever do."""
+    packed = torch.arange(256, dtype=torch.uint8).repeat(2)
+    codebook = torch.linspace(-1, 1, 17)[1:].contiguous()  # multiples of 1/8
+    absmax = torch.tensor([1 + (2 * odd + 1) / 256 for odd in range(16)])
+    arguments = (packed, absmax, codebook, 64, 1024, torch.bfloat16)
+    want = read_reference.dequantize_blockwise(*arguments)
+    assert same_bits(read_cpu.dequantize_blockwise(*arguments), want)
+    assert same_bits(read_cpu.dequantize_blockwise(*arguments, portable=True), want)
 
 
 def test_threads_and_fork_give_the_same_bits() -> None:
