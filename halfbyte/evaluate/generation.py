@@ -10,13 +10,16 @@ Sources: https://github.com/google-research/google-research/tree/master/rouge, h
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from halfbyte.errors import ConfigError, nearest
 
 References = Sequence[str | Sequence[str]]
 
 
-def score(predictions: Sequence[str], references: References, metrics: Sequence[str] = ("exact_match", "rouge", "bleu", "chrf")) -> dict[str, float]:
+def score(
+    predictions: Sequence[str], references: References, metrics: Sequence[str] = ("exact_match", "rouge", "bleu", "chrf")
+) -> dict[str, float]:
     """Each metric's value; a row may have several references.  Raises ConfigError on unknown metrics or unequal lengths.
 
     >>> score(["a b"], ["a b "], ["exact_match"])
@@ -24,14 +27,16 @@ def score(predictions: Sequence[str], references: References, metrics: Sequence[
     """
     if len(predictions) != len(references) or not predictions:
         raise ConfigError(
-            "scores need one reference for each answer", code="E-CONF-065", found=f"{len(predictions)} answers, {len(references)} references"
-        )
+            "scores need one reference for each answer", code="E-CONF-065",
+            found=f"{len(predictions)} answers, {len(references)} references",
+        )  # fmt: skip
     several = [[wanted] if isinstance(wanted, str) else list(wanted) for wanted in references]
     found: dict[str, float] = {}
     for name in metrics:
         if name not in METRICS:
             raise ConfigError(
-                "a metric must be known", code="E-CONF-066", place="metrics", found=repr(name), expected=", ".join(METRICS), remedy=nearest(name, METRICS)
+                "a metric must be known", code="E-CONF-066", place="metrics", found=repr(name), expected=", ".join(METRICS),
+                remedy=nearest(name, METRICS),
             )  # fmt: skip
         found.update(METRICS[name](list(predictions), several))
     return found
@@ -51,7 +56,7 @@ def _rouge(predictions: list[str], references: list[list[str]]) -> dict[str, flo
     return {kind: sum(row[kind].fmeasure for row in rows) / len(rows) for kind in kinds}
 
 
-def _streams(references: list[list[str]]) -> list[list[str | None]]:
+def _streams(references: list[list[str]]) -> list[list[Any]]:
     """sacrebleu wants one list per reference number; rows with fewer are filled with None."""
     most = max(len(wanted) for wanted in references)
     return [[wanted[number] if number < len(wanted) else None for wanted in references] for number in range(most)]

@@ -36,7 +36,8 @@ def read_config(folder: Path) -> dict[str, object]:
     path = folder / "config.json"
     if (folder / "adapter_config.json").exists():
         raise ModelError(
-            "a model folder is needed here, and this one holds an adapter", code="E-MODEL-004", place=str(folder), found="adapter_config.json",
+            "a model folder is needed here, and this one holds an adapter", code="E-MODEL-004", place=str(folder),
+            found="adapter_config.json",
             remedy="name the base model as the model, and this folder as the adapter",
         )  # fmt: skip
     if not path.is_file():
@@ -90,10 +91,11 @@ def check_architecture(raw: Mapping[str, object], folder: Path, task: str) -> st
     first = named[0] if isinstance(named, list) and named else None
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     allowed = {name for name in (causal, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(kind)) if name}
-    if (first is not None and first not in allowed) or (causal or "").endswith("ForConditionalGeneration"):
+    multimodal = (causal or "").endswith("ForConditionalGeneration")
+    if (first is not None and first not in allowed) or multimodal:
         raise ModelError(
             "only text decoders can be trained here", code="E-MODEL-008", place=f"{folder / 'config.json'}, key architectures",
-            found=str(first or causal), expected=" or ".join(sorted(name for name in allowed if not name.endswith("ForConditionalGeneration"))),
+            found=str(first or causal), expected=" or ".join(sorted(allowed - {causal} if multimodal else allowed)),
             remedy="encoders, vision and speech models are not served; choose a text model that writes",
         )  # fmt: skip
     return kind
@@ -140,7 +142,8 @@ def check_weight_files(folder: Path) -> dict[str, TensorInfo]:
         absent = [name for name, file in promised.items() if where.get(name) != file]
         if absent:
             raise WeightError(
-                "every tensor of the index must be in the file it names", code="E-WEIGHT-050", place=f"{folder / INDEX}, tensor {absent[0]}",
+                "every tensor of the index must be in the file it names", code="E-WEIGHT-050",
+                place=f"{folder / INDEX}, tensor {absent[0]}",
                 found=f"not in {promised[absent[0]]} ({len(absent)} such)", remedy="copy the shards and their index again, together",
             )  # fmt: skip
     return found
@@ -160,13 +163,14 @@ def check_tokenizer_files(folder: Path) -> None:
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, raw: Mapping[str, object], folder: Path) -> None:
     """Every id the tokenizer can give must have a row in the embedding; the padding token is settled.  Raises ModelError."""
-    text = raw.get("text_config") if isinstance(raw.get("text_config"), dict) else raw
-    rows = text.get("vocab_size")  # type: ignore[union-attr]
+    text = raw.get("text_config")
+    rows = (text if isinstance(text, dict) else raw).get("vocab_size")
     ids = tokenizer.get_vocab().values()
     if not isinstance(rows, int) or (ids and max(ids) >= rows):
         raise ModelError(
-            "every token needs a row in the embedding", code="E-MODEL-032", place=str(folder), found=f"highest token id {max(ids, default=0)}",
-            expected=f"below vocab_size {rows} of config.json", remedy="tokenizer and weights belong to different models, or tokens were added to one only",
+            "every token needs a row in the embedding", code="E-MODEL-032", place=str(folder),
+            found=f"highest token id {max(ids, default=0)}", expected=f"below vocab_size {rows} of config.json",
+            remedy="tokenizer and weights belong to different models, or tokens were added to one only",
         )  # fmt: skip
     pad = raw.get("pad_token_id")
     if isinstance(pad, int) and not 0 <= pad < rows and pad != -1:

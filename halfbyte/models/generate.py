@@ -84,7 +84,7 @@ def contiguous_head_input(model: nn.Module) -> Iterator[None]:
 def _generate_batch(model: Any, lists: list[list[int]], settings: GenerationConfig, streamer: BaseStreamer | None) -> list[list[int]]:
     width = max(len(ids) for ids in lists)
     device = next(model.parameters()).device
-    pad = int(settings.pad_token_id)  # type: ignore[arg-type]
+    pad = int(settings.pad_token_id)
     ids_BT = torch.tensor([[pad] * (width - len(ids)) + ids for ids in lists], device=device)
     mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in lists], device=device)
     made: Tensor = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=settings, streamer=streamer)

@@ -10,6 +10,7 @@ adapted or packed, kind "logits" says so with its reason, and the model's own lo
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,17 +49,17 @@ class Head:
         return getattr(self.module, "bias", None)
 
 
-def hidden_of(model: nn.Module, batch: Batch) -> Tensor:
+def hidden_of(model: Any, batch: Batch) -> Tensor:
     """The backbone's last hidden states (B, T, H), differentiable; no logits are made."""
     return model.base_model(**model_inputs(batch)).last_hidden_state
 
 
-def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+def logits_of(model: Any, batch: Batch) -> Tensor:
     """The model's own logits (B, T, V)."""
     return model(**model_inputs(batch)).logits
 
 
-def head_of(model: nn.Module) -> Head:
+def head_of(model: Any) -> Head:
     """The head of a language model, probed against its own logits; call it after adapters are in place."""
     module = model.get_output_embeddings()
     if module is None:
@@ -81,7 +82,7 @@ def _plain(reason: str) -> Head:
     return Head("logits", reason=reason)
 
 
-def _candidates(model: nn.Module, module: nn.Module) -> list[Head]:
+def _candidates(model: Any, module: nn.Module) -> list[Head]:
     """Heads the config suggests, the likely first."""
     text = model.config.get_text_config()
     cap = getattr(text, "final_logit_softcapping", None)

@@ -8,6 +8,7 @@ What this does not do: run code from the folder, read pickles, reach the network
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -31,7 +32,7 @@ from halfbyte.models.quantizer import LoadConfig, wrong_shape
 from halfbyte.models.source import Source, resolve
 
 NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
-_MAPPINGS = {"causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING, "sequence-classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING}
+_MAPPINGS: dict[str, Any] = {"causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING, "sequence-classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING}
 
 
 def choose_dtype(dtype: str = "auto") -> tuple[torch.dtype, str]:
@@ -78,7 +79,7 @@ def as_source(source: Source | str | Path) -> Source:
 
 
 def _set_labels(config: PretrainedConfig, labels: Sequence[str]) -> None:
-    names = list(labels) or [config.id2label[index] for index in range(config.num_labels)]
+    names = list(labels) or [str(name) for name in (config.id2label or {}).values()]
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
     config.problem_type = "single_label_classification"
@@ -92,7 +93,8 @@ def _packing(raw: dict[str, object], quant: QuantConfig | None, tensors: dict[st
         have = bnb4bit.read_quantization_config(block)
         if wanted is not None and wanted.format not in ("auto", have.format):
             raise ModelError(
-                "a folder that is already packed keeps its format", code="E-MODEL-042", place=str(folder), found=f"{have.format}, asked for {wanted.format}",
+                "a folder that is already packed keeps its format", code="E-MODEL-042", place=str(folder),
+                found=f"{have.format}, asked for {wanted.format}",
                 remedy=f"set quant.format={have.format}, or load the model's 16-bit folder",
             )  # fmt: skip
         made = LoadConfig(have.format, 64, have.double_quant)
@@ -109,7 +111,7 @@ def _from_pretrained(
     folder: Path, config: PretrainedConfig, task: str, dtype: torch.dtype, attention: str, packing: LoadConfig | None
 ) -> PreTrainedModel:
     kind = _MAPPINGS[task][type(config)]
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     if packing is not None and packing.stored:
         config.quantization_config = packing.carried()
     elif packing is not None:
@@ -126,7 +128,8 @@ def _from_pretrained(
             raise packing.report.fault from None
         raise ModelError(
             "transformers must be able to load this folder", code="E-MODEL-011", place=str(folder),
-            found=f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}", remedy="compare config.json and the weights with the original model's",
+            found=f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}",
+            remedy="compare config.json and the weights with the original model's",
         ) from fault  # fmt: skip
     _check_report(model, report, task)
     return model
@@ -157,7 +160,8 @@ def _check_report(model: PreTrainedModel, report: dict[str, object], task: str) 
     if missing:
         raise WeightError(
             "every tensor of the model must be in its files", code="E-WEIGHT-053", place=f"tensor {missing[0]}",
-            found=f"missing, with {len(missing) - 1} more" if len(missing) > 1 else "missing", remedy="fetch the model again; a shard may be incomplete",
+            found=f"missing, with {len(missing) - 1} more" if len(missing) > 1 else "missing",
+            remedy="fetch the model again; a shard may be incomplete",
         )  # fmt: skip
     surplus = sorted(name for name in report["unexpected_keys"] if not new_head or name.startswith(prefix))  # type: ignore[attr-defined]
     if surplus:
@@ -177,7 +181,8 @@ def _check_finite(model: nn.Module) -> None:
         if not (torch.isfinite(low) and torch.isfinite(high)):
             count = int(sum((~torch.isfinite(part)).sum() for part in parameter.detach().reshape(-1).split(1 << 22)))
             raise WeightError(
-                "weights must be finite numbers", code="E-WEIGHT-055", place=f"tensor {name}", found=f"{count} of {parameter.numel()} are NaN or infinite",
+                "weights must be finite numbers", code="E-WEIGHT-055", place=f"tensor {name}",
+                found=f"{count} of {parameter.numel()} are NaN or infinite",
                 remedy="the file is damaged or its training diverged; fetch it again or use another model",
             )  # fmt: skip
 
@@ -196,7 +201,8 @@ def load_tokenizer(source: Source | str | Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as fault:
         raise ModelError(
             "the folder must hold a tokenizer that transformers can read", code="E-MODEL-031", place=str(found.folder),
-            found=f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}", remedy="copy tokenizer.json and tokenizer_config.json beside the weights",
+            found=f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}",
+            remedy="copy tokenizer.json and tokenizer_config.json beside the weights",
         ) from fault  # fmt: skip
     folder_checks.check_vocabulary(tokenizer, raw, found.folder)
     return tokenizer
@@ -206,5 +212,6 @@ def token_limit(source: Source | str | Path) -> int | None:
     """Positions the model was made for; None where its config does not say."""
     raw = folder_checks.read_config(as_source(source).folder)
     text = raw.get("text_config")
-    values = [table.get(key) for table in (text if isinstance(text, dict) else {}, raw) for key in ("max_position_embeddings", "n_positions")]
+    tables = [text, raw] if isinstance(text, dict) else [raw]
+    values = [table.get(key) for table in tables for key in ("max_position_embeddings", "n_positions")]
     return next((value for value in values if isinstance(value, int) and value > 0), None)

@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -87,7 +88,7 @@ class QuantizeArriving(ConversionOps):
     def __init__(self, config: LoadConfig) -> None:
         self.config = config
 
-    def convert(self, input_dict: dict[str, object], model: nn.Module | None = None, **ignored: object) -> dict[str, torch.Tensor]:  # type: ignore[override]
+    def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **ignored: object) -> dict[str, torch.Tensor]:  # type: ignore[override]
         made: dict[str, torch.Tensor] = {}
         assert model is not None
         for name, arrived in input_dict.items():
@@ -143,11 +144,11 @@ class ReadPacked(ConversionOps):
         self.hf_quantizer = quantizer
 
     def convert(  # type: ignore[override]
-        self, input_dict: dict[str, object], model: nn.Module | None = None, full_layer_name: str = "", **ignored: object
+        self, input_dict: dict[str, Any], model: nn.Module | None = None, full_layer_name: str = "", **ignored: object
     ) -> dict[str, torch.Tensor]:
         assert model is not None
         config = self.hf_quantizer.quantization_config
-        tensors = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        tensors: dict[str, torch.Tensor] = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
         prefix, _, last = full_layer_name.rpartition(".")
         module = model.get_submodule(prefix)
         try:
@@ -182,11 +183,11 @@ class Quantizer(HfQuantizer):
         config.report.quantized = names
         return model
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **ignored: object) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **ignored: object) -> Any:
         """A packed model saves its buffers as they are (Trainer's checkpoints); models/save.py turns names back with `renaming`."""
         used = [one for one in model._weight_conversions if not any(isinstance(op, ReadPacked) for op in getattr(one, "operations", ()))]
         self.quantization_config.report.renaming = used
-        model._weight_conversions = []  # type: ignore[assignment]  # the loader's own record on this instance
+        model._weight_conversions = []  # the loader's own record on this instance
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **ignored: object) -> bool:
@@ -275,7 +276,7 @@ def reason_to_leave(model: nn.Module, name: str, module: nn.Module, quantize_hea
     if _is_router(model, name, module):
         return "router"
     parent, _, last = name.rpartition(".")
-    if _reads_weight(type(model.get_submodule(parent)), last):
+    if _reads_weight(type(model.get_submodule(parent)), last):  # type: ignore[arg-type]
         return "raw weight is read by its owner"
     return ""
 
