@@ -41,10 +41,8 @@ def test_int8_state_is_close_to_bitsandbytes_and_to_float32() -> None:
     start = torch.randn(96, 128) * 0.02
     ours, theirs, exact = (nn.Parameter(start.clone()) for _ in range(3))
     settings = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
-    train(
-        [ours, theirs, exact],
-        [AdamW([ours], state="int8", **settings), bitsandbytes.optim.AdamW8bit([theirs], **settings), torch.optim.AdamW([exact], **settings)], 30,
-    )
+    eight_bit = [AdamW([ours], state="int8", **settings), bitsandbytes.optim.AdamW8bit([theirs], **settings)]
+    train([ours, theirs, exact], [*eight_bit, torch.optim.AdamW([exact], **settings)], 30)
     walked = (exact - start).norm()
     ours_off, theirs_off = (ours - exact).norm() / walked, (theirs - exact).norm() / walked
     assert 0 < ours_off < 0.05
@@ -134,6 +132,16 @@ def test_float64_parameters_are_updated_in_float64() -> None:
             parameter.grad = torch.cos(torch.arange(20, dtype=torch.float64) + step)
             optimizer.step()
     torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-14)
+
+
+def test_decay_is_decoupled_with_either_state() -> None:
+    """T43: without a gradient a weight shrinks by exactly lr * wd, whatever keeps the moments."""
+    for state in ("float32", "int8"):
+        parameter = nn.Parameter(torch.ones(64, 64))
+        optimizer = AdamW([parameter], lr=1e-2, weight_decay=0.1, state=state)
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        torch.testing.assert_close(parameter.detach(), torch.full((64, 64), 1 - 1e-3), rtol=1e-7, atol=0)
 
 
 def test_betas_and_eps_have_an_effect() -> None:

@@ -21,7 +21,8 @@ class Adapter(nn.Module):
 
 
 def model() -> nn.Module:
-    return nn.ModuleDict({"table": Adapter(nn.Embedding(4, 4)), "layer": Adapter(nn.Linear(4, 4)), "whole": nn.Embedding(3, 4), "norm": nn.LayerNorm(4)})
+    table, layer = Adapter(nn.Embedding(4, 4)), Adapter(nn.Linear(4, 4))
+    return nn.ModuleDict({"table": table, "layer": layer, "whole": nn.Embedding(3, 4), "norm": nn.LayerNorm(4)})
 
 
 def by_label(config: OptimConfig, lr: float = 1e-3) -> dict[str, dict]:
@@ -39,7 +40,8 @@ def test_every_trainable_parameter_is_in_exactly_one_group() -> None:
 def test_lora_plus_and_embedding_rates() -> None:
     """T43: the rate of embeddings is not lost under LoRA+."""
     found = by_label(OptimConfig(lora_plus_ratio=16.0, embedding_lr=1e-6))
-    assert {label: group["lr"] for label, group in found.items()} == {"matrices": 1e-3, "lora_b": 16e-3, "vectors": 16e-3, "embeddings": 1e-6}
+    rates = {label: group["lr"] for label, group in found.items()}
+    assert rates == {"matrices": 1e-3, "lora_b": 16e-3, "vectors": 16e-3, "embeddings": 1e-6}
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers by its old name

@@ -10,12 +10,9 @@ from halfbyte.optim.schedules import SCHEDULES, lr_at, share_at, warmup_steps
 
 
 @pytest.mark.parametrize("schedule", sorted(SCHEDULES))
-@pytest.mark.parametrize("total", [1, 2, 7, 100])
-@pytest.mark.parametrize("warmup", [None, 0, 1, 5])
+@pytest.mark.parametrize(("total", "warmup"), [(1, None), (1, 0), (2, None), (2, 1), (7, None), (7, 0), (7, 5), (100, None), (100, 5)])
 def test_rates_equal_the_closed_form(schedule: str, total: int, warmup: int | None) -> None:
     """T45."""
-    if warmup is not None and warmup >= total:
-        pytest.skip("refused, see below")
     config = OptimConfig(learning_rate=2e-3, schedule=schedule, warmup_steps=warmup, final_lr_share=0.1)
     first = min(math.ceil(0.03 * total), total - 1) if warmup is None else warmup
     for step in range(1, total + 1):

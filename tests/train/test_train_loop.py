@@ -169,6 +169,18 @@ def test_early_stopping_counts_evaluations_without_gain(tiny_llama: Tiny, tmp_pa
     assert ear.summary["status"] == "stopped early"
 
 
+def test_early_stopping_delivers_the_best_between_two_saves(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """T72: an evaluation that is the best so far is saved although no save is due."""
+    model = adapted(small(tiny_llama), awake=False)
+    settings = {
+        "optim.learning_rate": 0.05, "optim.schedule": "constant", "train.max_steps": 60, "train.early_stop_patience": 3,
+        "train.eval_every_steps": 1, "train.save_every_steps": 50,
+    }
+    result = loop.run(config(tmp_path / "run", **settings), assembled(model), data(uneven(4), uneven(4, seed=1)), observers=[])
+    assert result.stopped_early
+    assert result.delivered_step == result.best_step == result.steps - 3
+
+
 def test_the_untouched_model_is_measured_and_never_delivered(tiny_llama: Tiny, tmp_path: Path) -> None:
     """A rate that only harms: the first evaluation is the best number, the delivered step is still a trained one."""
     result, ear = train(small(tiny_llama), tmp_path / "run", method="full", **{"optim.learning_rate": 0.5, "train.max_steps": 4})
