@@ -12,14 +12,9 @@ from torch import nn
 
 from halfbyte.errors import AdapterError
 from halfbyte.formats import peft
-from halfbyte.lora.inject import Injected, config_of, eject, frozen_base, inject, trained_parts, updates
+from halfbyte.lora.inject import Injected, eject, frozen_base, inject, trained_parts, updates
 from halfbyte.lora.targets import candidates, classifier_head, output_embedding
 from halfbyte.lora.tensors import collected, compare_names, live_tensors, load_adapter_tensors
-
-LOFTQ_NOTE = (
-    "Started with LoftQ, which quantizes the base in its own way: on the base as published, or quantized by another program, "
-    "this adapter gives other numbers than in training."
-)
 
 
 def save_adapter(
@@ -34,7 +29,7 @@ def save_adapter(
     return peft.save(
         Path(folder), parts.tensors, parts.config, kinds=parts.kinds, targets=parts.targets, parameters=parts.parameters,
         task=task_of(model), base_name=base_name or own_name(model), base_digest=base_digest,
-        notes=(LOFTQ_NOTE,) if config_of(model).init == "loftq" else (), allow_untrained=allow_untrained,
+        notes=parts.notes, allow_untrained=allow_untrained,
     )  # fmt: skip
 
 

@@ -28,6 +28,11 @@ from halfbyte.quant.experts import expert_shapes
 
 PARTS = ("lora_a", "lora_b", "lora_bias", "magnitude", "start_a", "start_b")
 
+LOFTQ_NOTE = (
+    "Started with LoftQ, which quantizes the base in its own way: on the base as published, or quantized by another program, "
+    "this adapter gives other numbers than in training."
+)
+
 
 @dataclass(frozen=True)
 class Collected:
@@ -38,6 +43,7 @@ class Collected:
     kinds       module -> linear, conv1d, embedding, experts
     targets     the shortest endings that mean exactly these modules
     parameters  the same for fused expert parameters
+    notes       what a reader of the file must know besides
     """
 
     tensors: dict[str, Tensor]
@@ -45,6 +51,7 @@ class Collected:
     kinds: dict[str, str]
     targets: tuple[str, ...]
     parameters: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -137,8 +144,9 @@ def collected(model: nn.Module) -> Collected:
     fused = [name for name, kind in kinds.items() if kind == "experts"]
     whole = tuple(name for name, part in trained_parts(model).items() if name not in layers and part.names != ("bias",))
     plain = plain.model_copy(update={"fully_trained": whole})
+    notes = (LOFTQ_NOTE,) if config.init == "loftq" else ()
     targets, parameters = condensed(modules, base_names(model)), condensed(fused, fused_names(model), parts=2)
-    return Collected(tensors, plain, kinds, tuple(targets), tuple(parameters))
+    return Collected(tensors, plain, kinds, tuple(targets), tuple(parameters), notes)
 
 
 def kind_of(layer: nn.Module) -> str:
