@@ -122,9 +122,8 @@ def point(name: str) -> None:
         return
     if text != _plan.text:
         _plan.text, _plan.rules = text, parse(text)
-    for rule in _plan.rules:
-        if rule.due(name):
-            if rule.kind in KINDS:
-                KINDS[rule.kind](name)
-            else:
-                raise OSError(_ERRNO[rule.kind], os.strerror(_ERRNO[rule.kind]) + f" (fault injected at {name})")
+    for rule in [rule for rule in _plan.rules if rule.due(name)]:
+        if rule.kind in KINDS:
+            KINDS[rule.kind](name)
+        else:
+            raise OSError(_ERRNO[rule.kind], os.strerror(_ERRNO[rule.kind]) + f" (fault injected at {name})")

@@ -66,7 +66,7 @@ def write_rows(path: Path) -> None:
 
 @dataclass
 class Stage:
-    """A folder with a model and rows, and the settings of one kind of run."""
+    """A folder with a model and rows, and the settings of one kind of run; `changes` are by name, e.g. {"lora.rank": 8}."""
 
     root: Path
     kind: str = "lora"
@@ -88,12 +88,16 @@ class Stage:
             "epochs": 3 if packing else 2, "micro_batch_size": 1 if packing else 2, "global_batch_size": 2 if packing else 4,
             "eval_every_steps": 3, "save_every_steps": 2, "sample_prompts": 0, "threads": 1, "seed": 5,
         }
-        return RunConfig.model_validate({
+        settings: dict[str, Any] = {
             "method": kind["method"], "out": str(out), "model": {"name": str(self.root / "model")},
             "lora": {} if kind["method"] == "full" else {"rank": 4, "dropout": 0.1},
             "data": {"path": str(self.root / "rows.jsonl"), "eval_rows": HELD_OUT, "max_tokens": 32, **kind["data"]},
-            "optim": {"learning_rate": 0.01, **kind.get("optim", {})}, "train": train | self.changes,
-        })
+            "optim": {"learning_rate": 0.01, **kind.get("optim", {})}, "train": train,
+        }
+        for name, value in self.changes.items():
+            group, key = name.split(".")
+            settings[group][key] = value
+        return RunConfig.model_validate(settings)
 
     def data(self, config: RunConfig) -> TrainData:
         """The rows as examples."""
@@ -167,11 +171,11 @@ def clear_faults(patch: Any) -> None:
     faults.point("train.micro_batch")
 
 
-def go_until(stage: Stage, out: Path, drawer: Drawer, fault: str, patch: Any) -> bool:
+def go_until(stage: Stage, out: Path, drawer: Drawer, fault: str, patch: Any, *, resume: bool = False) -> bool:
     """Run with a fault; True when it struck, False when the run came to its end."""
     patch.setenv("HALFBYTE_FAULTS", fault)
     try:
-        go(stage, out, drawer)
+        go(stage, out, drawer, resume=resume)
     except (faults.FaultStop, Interrupted):
         return True
     finally:

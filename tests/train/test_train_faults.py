@@ -39,6 +39,14 @@ def test_counting_starts_again_with_another_text(monkeypatch: pytest.MonkeyPatch
         faults.point("a")
 
 
+def test_each_rule_counts_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFBYTE_FAULTS", "here:EIO:1,here:ENOSPC:2")
+    for number in (errno.EIO, errno.ENOSPC):
+        with pytest.raises(OSError) as caught:
+            faults.point("here")
+        assert caught.value.errno == number
+
+
 @pytest.mark.parametrize(("kind", "raised"), [("stop", faults.FaultStop), ("memory", torch.OutOfMemoryError)])
 def test_each_kind(monkeypatch: pytest.MonkeyPatch, kind: str, raised: type[BaseException]) -> None:
     monkeypatch.setenv("HALFBYTE_FAULTS", f"here:{kind}:1")

@@ -16,7 +16,7 @@ from halfbyte.train.state import TrainState
 from tests.train.checkpoint_samples import in_child, leftovers, wait
 from tests.train.small_run import Drawer, Stage
 
-ENDLESS = {"save_every_steps": 1, "max_steps": 100_000, "eval_every_steps": 7}
+ENDLESS = {"train.save_every_steps": 1, "train.max_steps": 100_000, "train.eval_every_steps": 7}
 
 
 class Acknowledging(Saver):
