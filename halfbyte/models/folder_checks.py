@@ -11,6 +11,7 @@ from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from halfbyte.errors import ModelError, WeightError, nearest
@@ -85,7 +86,7 @@ def check_architecture(raw: Mapping[str, object], folder: Path, task: str) -> st
         raise ModelError(
             f"the architecture must be one that transformers implements for {task}", code="E-MODEL-007", place=place, found=repr(kind),
             expected=f"one of {len(mapping)} types: llama, mistral, qwen2, qwen3, gemma2, gemma3_text, phi3, granite, mixtral, gpt2 ...",
-            remedy=nearest(str(kind), mapping) or "code that comes with a model is never run; choose a model transformers knows",
+            remedy=_code_note(folder) or nearest(str(kind), mapping) or "choose a model that transformers implements",
         )  # fmt: skip
     named = raw.get("architectures")
     first = named[0] if isinstance(named, list) and named else None
@@ -95,10 +96,16 @@ def check_architecture(raw: Mapping[str, object], folder: Path, task: str) -> st
     if (first is not None and first not in allowed) or multimodal:
         raise ModelError(
             "only text decoders can be trained here", code="E-MODEL-008", place=f"{folder / 'config.json'}, key architectures",
-            found=str(first or causal), expected=" or ".join(sorted(allowed - {causal} if multimodal else allowed)),
+            found=str(first or causal), expected=f"a text model, such as {'LlamaForCausalLM' if multimodal or first == causal else causal}",
             remedy="encoders, vision and speech models are not served; choose a text model that writes",
         )  # fmt: skip
     return kind
+
+
+def _code_note(folder: Path) -> str:
+    """What to say of a folder that brings a model class of its own."""
+    code = sorted(path.name for path in folder.glob("*.py"))
+    return f"the folder's own code ({code[0]}) is never run; choose a model that transformers implements" if code else ""
 
 
 def check_quantization(raw: Mapping[str, object], folder: Path) -> None:
@@ -120,7 +127,10 @@ def make_config(raw: Mapping[str, object], folder: Path) -> PretrainedConfig:
     values = {key: value for key, value in raw.items() if key not in ("quantization_config", "architectures")}
     layers = values.get("num_hidden_layers", values.get("n_layer", 1))
     if not isinstance(layers, int) or not 0 < layers <= MAX_LAYERS:
-        raise _bad_config(folder / "config.json", f"num_hidden_layers {layers!r}", f"1 to {MAX_LAYERS}")
+        raise _bad_value(folder, "num_hidden_layers", layers, f"1 to {MAX_LAYERS}")
+    for kind in _rope_types(values):
+        if kind not in ROPE_TYPES:
+            raise _bad_value(folder, "rope_type", kind, ", ".join(sorted(ROPE_TYPES)))
     try:
         return CONFIG_MAPPING[str(values["model_type"])].from_dict(values)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as fault:
@@ -128,6 +138,29 @@ def make_config(raw: Mapping[str, object], folder: Path) -> PretrainedConfig:
             "config.json must describe a model that can be built", code="E-MODEL-010", place=str(folder / "config.json"),
             found=" ".join(str(fault).split())[:300] or type(fault).__name__, remedy="compare the file with the original model's",
         ) from fault  # fmt: skip
+
+
+ROPE_TYPES = {"default", *ROPE_INIT_FUNCTIONS}
+
+
+def _rope_types(values: Mapping[str, object]) -> list[object]:
+    """Every rope_type named anywhere in the config, also by its old name."""
+    found: list[object] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found += _rope_types(value)
+            if key == "rope_scaling" and "rope_type" not in value and "type" in value:
+                found.append(value["type"])
+        elif key == "rope_type":
+            found.append(value)
+    return [kind for kind in found if kind is not None]
+
+
+def _bad_value(folder: Path, key: str, found: object, expected: str) -> ModelError:
+    return ModelError(
+        "each value of config.json must be one that a model can have", code="E-MODEL-012", place=f"{folder / 'config.json'}, key {key}",
+        found=repr(found), expected=expected, remedy="compare the file with the original model's",
+    )  # fmt: skip
 
 
 def check_weight_files(folder: Path) -> dict[str, TensorInfo]:

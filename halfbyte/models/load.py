@@ -128,7 +128,7 @@ def _from_pretrained(
             raise packing.report.fault from None
         raise ModelError(
             "transformers must be able to load this folder", code="E-MODEL-011", place=str(folder),
-            found=f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}",
+            found=_brief(fault, folder),
             remedy="compare config.json and the weights with the original model's",
         ) from fault  # fmt: skip
     _check_report(model, report, task)
@@ -201,11 +201,19 @@ def load_tokenizer(source: Source | str | Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as fault:
         raise ModelError(
             "the folder must hold a tokenizer that transformers can read", code="E-MODEL-031", place=str(found.folder),
-            found=f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}",
+            found=_brief(fault, found.folder),
             remedy="copy tokenizer.json and tokenizer_config.json beside the weights",
         ) from fault  # fmt: skip
     folder_checks.check_vocabulary(tokenizer, raw, found.folder)
     return tokenizer
+
+
+def _brief(fault: Exception, folder: Path) -> str:
+    """The first 200 characters of another library's error, the folder by its name."""
+    text = " ".join(str(fault).replace(str(folder), folder.name).split())
+    if "trust_remote_code" in text:
+        return "the folder asks for code of its own to be run, which is never done"
+    return f"{type(fault).__name__}: {text[:200]}"
 
 
 def token_limit(source: Source | str | Path) -> int | None:
