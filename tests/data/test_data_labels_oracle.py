@@ -135,7 +135,7 @@ def _starter_dressed(starter_tokenizer: Any, name: str) -> Any:
 @pytest.mark.parametrize("name", sorted(SPECIALS))
 def test_labels_of_the_starter_tokenizer_equal_the_oracle(name: str, starter_tokenizer: Any) -> None:
     """The starter's tokenizer under every template.  # T10"""
-    run({"starter": lambda name: _starter_dressed(starter_tokenizer, name)}, 200, name)
+    run({"starter": lambda name: _starter_dressed(starter_tokenizer, name)}, 80, name)
 
 
 @pytest.mark.slow

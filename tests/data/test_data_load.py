@@ -263,7 +263,7 @@ def test_auto_holds_out_a_tenth(tmp_path: Path, chatml: Any) -> None:
 
 CHANGES: dict[str, Callable[[Path, Any, dict[str, Any]], Any]] = {
     "a byte of the file": lambda path, tokenizer, settings: path.write_text(path.read_text() + "\n"),
-    "a character of the template": lambda path, tokenizer, settings: setattr(tokenizer, "chat_template", tokenizer.chat_template + " "),
+    "a remark in the template": lambda path, tokenizer, settings: setattr(tokenizer, "chat_template", tokenizer.chat_template + "{##}"),
     "the tokenizer": lambda path, tokenizer, settings: tokenizer.add_tokens(["zzzzzz"]),
     "the limit": lambda path, tokenizer, settings: settings.update(max_tokens=100),
     "what is trained": lambda path, tokenizer, settings: settings.update(train_on="all"),

@@ -192,7 +192,7 @@ MUTANTS = [
         trap="T71", name="the template is not in the digest", file="halfbyte/data/load.py",
         find='        template.identity() if template else "",\n',
         replace='        "",\n',
-        test=f"{LOAD}::test_the_digest_changes_with_everything_that_decides_the_tokens[a character of the template]",
+        test=f"{LOAD}::test_the_digest_changes_with_everything_that_decides_the_tokens[a remark in the template]",
     ),
     Mutant(
         trap="T71", name="the file's bytes are not in the digest", file="halfbyte/data/load.py",
