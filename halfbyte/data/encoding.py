@@ -26,7 +26,7 @@ class Encoder:
         if not isinstance(backend, Tokenizer):
             raise UnsupportedError(
                 "training needs a tokenizer that tells which text each token covers",
-                code="E-UNSUP-041",
+                code="E-UNSUP-061",
                 place=type(tokenizer).__name__,
                 found="a tokenizer without the tokenizers library behind it",
                 expected="a tokenizer.json in the model's folder",

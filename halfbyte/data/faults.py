@@ -186,8 +186,8 @@ RULES: dict[str, Rule] = {
     ),
     "E-DATA-071": Rule("a text must not be empty", "text", "remove the row"),
     # data sets on a hub
-    "E-DATA-080": Rule("a hub data set must be named owner/name", "hub:owner/name or hub:owner/name:split", "correct the name"),
-    "E-DATA-081": Rule(
+    "E-DATA-086": Rule("a hub data set must be named owner/name", "hub:owner/name or hub:owner/name:split", "correct the name"),
+    "E-DATA-087": Rule(
         "the hub data set must be reachable", "a public data set of data files, and a network", "download the files and name them instead"
     ),
     # checks over the file

@@ -137,10 +137,10 @@ class Template:
 
 
 LIMIT_RULES = {
-    "time": ("a chat template must render a conversation in 2 s", "E-MODEL-041", "less than 2 s"),
-    "memory": ("a chat template must not take more than 256 MiB", "E-MODEL-042", "less than 256 MiB"),
-    "size": ("a rendered conversation must not be longer than 1,000,000 characters", "E-MODEL-043", "at most 1,000,000 characters"),
-    "syntax": ("a chat template must be valid Jinja", "E-MODEL-044", "a template that Jinja can read"),
+    "time": ("a chat template must render a conversation in 2 s", "E-MODEL-061", "less than 2 s"),
+    "memory": ("a chat template must not take more than 256 MiB", "E-MODEL-062", "less than 256 MiB"),
+    "size": ("a rendered conversation must not be longer than 1,000,000 characters", "E-MODEL-063", "at most 1,000,000 characters"),
+    "syntax": ("a chat template must be valid Jinja", "E-MODEL-064", "a template that Jinja can read"),
 }
 
 
@@ -166,7 +166,7 @@ def from_tokenizer(
     if shape not in WITHOUT_CHAT:
         raise ModelError(
             "a model must have a chat template to train on conversations",
-            code="E-MODEL-045",
+            code="E-MODEL-065",
             place=str(tokenizer.name_or_path) or "the tokenizer",
             found="no chat template",
             expected="a chat_template of the tokenizer, or a file",
@@ -190,7 +190,7 @@ def _read_template(path: Path) -> str:
         found = f"not UTF-8 at byte {fault.start:,}"
     raise ModelError(
         "the chat template must be a readable UTF-8 file",
-        code="E-MODEL-046",
+        code="E-MODEL-066",
         place=str(path),
         found=found,
         expected="a .jinja file",

@@ -228,7 +228,7 @@ def test_template_file_with_windows_line_ends_and_mark(tmp_path: Path, chatml: A
         path.write_bytes(content)
         with from_tokenizer(chatml, path) as template:
             assert template.render([ASK, ANSWER]) == "<|user|>\nwhat is it<|end|>\n<|assistant|>\na thing<|end|>\n<|im_end|>"
-    with pytest.raises(ModelError, match="E-MODEL-046"):
+    with pytest.raises(ModelError, match="E-MODEL-066"):
         from_tokenizer(chatml, tmp_path / "nothing.jinja")
 
 
@@ -264,12 +264,12 @@ def test_the_template_refuses_a_conversation(backends: dict[str, Tokenizer]) -> 
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 BOMBS = {
-    "loops": (LOOP, "E-MODEL-041"),
-    "long power": ("{{ 9 ** (9 ** 9) }}", "E-MODEL-041"),
-    "memory": ("{% set x = 'a' * 500000000 %}{{ x | length }}", "E-MODEL-042"),
-    "list": ("{% set x = [0] * 90000000 %}{{ x | length }}", "E-MODEL-042"),
-    "output": ("{% for a in range(9999) %}{{ 'abcdefghij' * 20 }}{% endfor %}", "E-MODEL-043"),
-    "syntax": ("{% for %}", "E-MODEL-044"),
+    "loops": (LOOP, "E-MODEL-061"),
+    "long power": ("{{ 9 ** (9 ** 9) }}", "E-MODEL-061"),
+    "memory": ("{% set x = 'a' * 500000000 %}{{ x | length }}", "E-MODEL-062"),
+    "list": ("{% set x = [0] * 90000000 %}{{ x | length }}", "E-MODEL-062"),
+    "output": ("{% for a in range(9999) %}{{ 'abcdefghij' * 20 }}{% endfor %}", "E-MODEL-063"),
+    "syntax": ("{% for %}", "E-MODEL-064"),
 }
 
 
@@ -289,7 +289,7 @@ def test_a_broken_limit_does_not_spoil_the_next_render() -> None:
     """The worker is started anew."""
     with Template("{% if messages[0].content == 'stop' %}" + LOOP + "{% endif %}{{ messages[0].content }}", {}) as template:
         assert template.render([ASK]) == "what is it"
-        with pytest.raises(ModelError, match="E-MODEL-041"):
+        with pytest.raises(ModelError, match="E-MODEL-061"):
             template.render([Message("user", "stop")])
         assert template.render([ASK]) == "what is it"
 
