@@ -16,7 +16,8 @@ PACKAGES = ("halfbyte", "torch", "transformers", "peft", "bitsandbytes", "trl", 
 
 def header() -> dict[str, object]:
     """Device, versions, date and commit of this measurement."""
-    cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
     versions = {}
     for name in PACKAGES:
         try:
