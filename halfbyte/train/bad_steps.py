@@ -19,7 +19,7 @@ from halfbyte.data.batches import Batch
 from halfbyte.errors import NumericError
 from halfbyte.train import numeric_check
 from halfbyte.train.run_folder import RunFolder
-from halfbyte.train.state import capture_rng, restore_rng
+from halfbyte.train.state import Progress, capture_rng, restore_rng
 from halfbyte.train.step import StepResult
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ class BadSteps:
 
     def __init__(self, folder: RunFolder, policy: str) -> None:
         self.folder, self.policy = folder, policy
-        self.recent: list[int] = []
 
     def handle(self, training: "Training", result: StepResult, window: Sequence[Batch], random_state: Mapping[str, Tensor]) -> None:
         """Record the step `training.progress.step` and act by the policy.  Raises NumericError where the run ends."""
@@ -45,14 +44,13 @@ class BadSteps:
         restore_rng(after)
         progress.skipped_steps += 1
         progress.bad_in_a_row += 1
-        self.recent = [*self.recent[-IN_A_ROW + 1 :], progress.step] if progress.bad_in_a_row > 1 else [progress.step]
         self._record(progress.step, result, where)
         error = not_finite(progress.step, result, where, progress.bad_in_a_row)
         if self.policy == "stop" or (self.policy == "skip" and (progress.bad_in_a_row >= IN_A_ROW or where.startswith("weight"))):
             raise error
         training.note(f"step {progress.step} is left out, not finite: {where}")
         if self.policy == "rollback" and (progress.bad_in_a_row >= IN_A_ROW or where.startswith("weight")):
-            self._roll_back(training, error)
+            self._roll_back(training, error, bad_row(progress))
 
     def scan(self, training: "Training") -> None:
         """The full scan of weights and optimizer state.  Raises NumericError, or returns to a checkpoint under `rollback`."""
@@ -63,19 +61,28 @@ class BadSteps:
             if self.policy != "rollback":
                 raise
             found = error
-        self.recent = [training.progress.step]
-        self._roll_back(training, found)
+        self._roll_back(training, found, [training.progress.step])
 
-    def _roll_back(self, training: "Training", error: NumericError) -> None:
+    def _roll_back(self, training: "Training", error: NumericError, bad: list[int]) -> None:
         if training.progress.rollbacks >= ROLLBACKS:
             raise error
-        bad, self.recent = self.recent, []
         training.roll_back(bad)
 
     def _record(self, step: int, result: StepResult, where: str) -> None:
         line = {"step": step, "rows": result.rows, "loss": result.loss, "grad_norm": result.grad_norm, "where": where}
         with self.folder.bad_batches.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def bad_row(progress: Progress) -> list[int]:
+    """The steps of the row of bad ones that ends at `progress.step`, steps left out before not counted; from saved numbers only, so that
+    a resumed run knows them too.
+
+    >>> bad_row(Progress(step=9, bad_in_a_row=3, bad_steps=[8]))
+    [6, 7, 9]
+    """
+    candidates = [step for step in range(1, progress.step + 1) if step not in progress.bad_steps]
+    return candidates[-progress.bad_in_a_row :]
 
 
 def not_finite(step: int, result: StepResult, where: str, in_a_row: int) -> NumericError:

@@ -37,7 +37,7 @@ def deliver(training: "Training") -> dict[str, Any]:
         save_dense(training.model, assembled.tokenizer, model)
     samples.write_after(training)
     summary = write_summary(training, status="stopped early" if training.stopped_early else "finished", delivered=delivered)
-    training.audience.finished(summary)
+    training.say_end(summary)
     return {
         "run_folder": folder.path, "adapter_folder": adapter, "model_folder": model, "steps": training.progress.step,
         "total_steps": training.total_steps, "tokens": training.progress.tokens_seen, "seconds": summary["seconds"],
@@ -75,6 +75,13 @@ def load_best(training: "Training") -> int:
 
 def write_summary(training: "Training", *, status: str, delivered: int | None = None, error: str = "") -> dict[str, Any]:
     """run.json: how the run ended ("finished", "stopped early", "stopped", "failed") and what it reached."""
+    summary = summary_of(training, status=status, delivered=delivered, error=error)
+    training.folder.write_json(training.folder.summary, summary)
+    return summary
+
+
+def summary_of(training: "Training", *, status: str, delivered: int | None = None, error: str = "") -> dict[str, Any]:
+    """What run.json holds."""
     progress, assembled, config = training.progress, training.assembled, training.config
     evaluations = [record for record in training.history if "eval_loss" in record]
     summary: dict[str, Any] = {
@@ -101,5 +108,4 @@ def write_summary(training: "Training", *, status: str, delivered: int | None = 
             summary["adapter_bytes" if name == "adapter" else "model_bytes"] = sum(file.stat().st_size for file in folder.iterdir())
     if error:
         summary["error"] = error
-    training.folder.write_json(training.folder.summary, summary)
     return summary

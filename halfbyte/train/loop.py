@@ -13,7 +13,7 @@ from halfbyte.data.load import TrainData
 from halfbyte.errors import HalfbyteError
 from halfbyte.models.assemble import Assembled
 from halfbyte.train import console, signals, trackers
-from halfbyte.train.metrics import MetricsFile, Observer, Observers
+from halfbyte.train.metrics import Observer, Observers
 from halfbyte.train.run_folder import RunFolder
 from halfbyte.train.saver import Saver
 from halfbyte.train.training import Training, items_of, resolved
@@ -62,12 +62,12 @@ def run(
     items = items_of(config, data)
     config = resolved(config, assembled, data, items)
     folder = RunFolder(Path(config.out))
+    folder.check(resume=resume)
     services = trackers.open_trackers(config.train.trackers, folder.path)
     folder.open(resume=resume)
     audience = Observers([*(observers if observers is not None else [console.for_this_terminal()]), *services])
     with Saver(folder.path, keep=config.train.keep_checkpoints, verify=config.train.verify_checkpoints) as saver, signals.listen() as stop:
-        metrics = MetricsFile(folder.metrics)
-        training = Training(config, assembled, data, items, folder, saver, stop, metrics, audience)
+        training = Training(config, assembled, data, items, folder, saver, stop, audience)
         try:
             training.begin(resume)
             training.between_steps()
@@ -81,4 +81,4 @@ def run(
             training.report_failure(error)
             raise
         finally:
-            metrics.close()
+            training.close()

@@ -18,10 +18,10 @@ from halfbyte import devices
 from halfbyte.config.run import RunConfig
 from halfbyte.config.write import to_yaml
 from halfbyte.errors import ConfigError
-from halfbyte.train import durable_files
+from halfbyte.train import durable_files, metrics
 from halfbyte.train.checkpoint import storage_error
 
-MARKS_OF_A_RUN = ("config.yaml", "metrics.jsonl", "run.json", "checkpoints", "adapter", "model")
+MARKS_OF_A_RUN = ("checkpoints", "adapter", "model")
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,10 @@ class RunFolder:
         return self.path / "model"
 
     def check(self, *, resume: bool) -> None:
-        """Raise ConfigError when the folder holds a run and `resume` is false; writes nothing."""
+        """Raise ConfigError when the folder holds a run that took a step, and `resume` is false; writes nothing."""
         there = [name for name in MARKS_OF_A_RUN if (self.path / name).exists()]
+        if any(record["step"] > 0 for record in metrics.read(self.metrics)):
+            there.append(self.metrics.name)
         if there and not resume:
             raise ConfigError(
                 "a new run needs a folder of its own", code="E-CONF-303", place=str(self.path), found=f"a run is there: {', '.join(there)}",

@@ -18,7 +18,6 @@ from halfbyte.data.packing import Packed, pack
 from halfbyte.data.tokenize import Example
 from halfbyte.errors import CheckpointError, HalfbyteError, Interrupted, NumericError
 from halfbyte.evaluate.loss import EvalLoss, evaluate_loss
-from halfbyte.log import logger
 from halfbyte.models.assemble import Assembled
 from halfbyte.models.heads import head_of
 from halfbyte.models.recompute import recompute
@@ -65,10 +64,10 @@ class Training:
 
     def __init__(
         self, config: RunConfig, assembled: Assembled, data: TrainData, items: Items, folder: RunFolder,
-        saver: Saver, stop: Stop, metrics: MetricsFile, audience: Observers,
+        saver: Saver, stop: Stop, audience: Observers,
     ) -> None:
         self.config, self.assembled, self.data, self.folder, self.saver = config, assembled, data, folder, saver
-        self.stop, self.metrics, self.audience, self.model = stop, metrics, audience, assembled.model
+        self.stop, self.audience, self.model = stop, audience, assembled.model
         self.began, self.seconds_before = time.monotonic(), 0.0
         devices.set_threads(int(config.train.threads))
         self.device = device_of(assembled)
@@ -88,13 +87,14 @@ class Training:
         self.micro, self.eval_micro = MicroBatchSize(), MicroBatchSize()
         self.bad_steps = BadSteps(folder, config.train.on_nan)
         self.history: list[dict[str, Any]] = []
-        self.gradients_checked = False
+        self.gradients_checked = self.announced = False
         self.windows = self._windows()
         tokenizer = assembled.tokenizer
         self.identity = identity_of(
             config, base=assembled.source.digest, tokenizer=text_digest(tokenizer.backend_tokenizer.to_str()),
             template=text_digest(tokenizer.chat_template), data=data.digest,
         )
+        self.metrics = MetricsFile(folder.metrics)
 
     def _batches(self, items: Items, micro: int, per_window: int, seed: int, workers: int) -> Batches:
         pad = self.assembled.tokenizer.pad_token_id or 0
@@ -113,11 +113,14 @@ class Training:
         self.model.train()
         if resume:
             self._go_on_from_checkpoint()
+        else:
+            self.folder.bad_batches.unlink(missing_ok=True)  # of an attempt that took no step
         self.folder.write_start(self.config)
         self.metrics.cut(self.progress.metrics_offset)
         self.history = self.metrics.records()
         self.seconds_before = sum(record.get("seconds", 0.0) for record in self.history)
         numeric_check.scan(self.model, {}, step=self.progress.step)
+        self.announced = True
         self.audience.started(header.header_of(self))
         if self.progress.step == 0:
             samples.write_before(self)
@@ -261,13 +264,17 @@ class Training:
 
     def _evaluation_is_due(self) -> bool:
         every, step = self.config.train.eval_every_steps, self.progress.step
-        if every is None or self.progress.evaluated_step == step:
-            return False
+        if every is None or self.progress.evaluated_step == step or self._amid_bad_steps():
+            return False  # what would be the best could not be saved
         return step % int(every) == 0 or step == self.total_steps
+
+    def _amid_bad_steps(self) -> bool:
+        """Nothing was learnt since the last sound step, and what there is may be why; the end of the run counts as the end of the row."""
+        return self.progress.bad_in_a_row > 0 and self.progress.step < self.total_steps
 
     def _save_is_due(self, improved: bool) -> bool:
         every, step = self.config.train.save_every_steps, self.progress.step
-        if self.saver.last_saved == step or (self.progress.bad_in_a_row and step < self.total_steps):
+        if self.saver.last_saved == step or self._amid_bad_steps():
             return False  # a return to a checkpoint must lead out of a row of bad steps, not into it
         if step == 0:
             return self.config.train.on_nan == "rollback"
@@ -334,7 +341,7 @@ class Training:
         """Save at the last step boundary and say how to go on."""
         self.audience.noted(f"stopped by {request} at step {self.progress.step}")
         saved = self._save()
-        delivery.write_summary(self, status="stopped")
+        self.say_end(delivery.write_summary(self, status="stopped"))
         kept = f"saved at step {self.progress.step}" if saved else f"not saved: the last checkpoint is of step {self.saver.last_saved}"
         took = f" in {seconds_text(self.saver.save_seconds)}" if saved and self.saver.save_seconds is not None else ""
         return Interrupted(
@@ -343,10 +350,21 @@ class Training:
         )
 
     def report_failure(self, error: HalfbyteError) -> None:
-        """Leave a trace of an error in the folder; the error itself goes on to the caller."""
+        """Leave a trace of an error in the folder; the error itself goes on to the caller.  A refused resume leaves all as it was."""
         if not isinstance(error, CheckpointError):
-            delivery.write_summary(self, status="failed", error=str(error))
-        logger().debug("the run ended with %s", error.code)
+            self.say_end(delivery.write_summary(self, status="failed", error=str(error)))
+
+    def say_end(self, summary: dict[str, Any]) -> None:
+        """Tell the observers, once, how the run ended."""
+        if self.announced:
+            self.announced = False
+            self.audience.finished(summary)
+
+    def close(self) -> None:
+        """On every way out: files closed, and observers told when nothing else told them."""
+        self.metrics.close()
+        if self.announced:
+            self.say_end(delivery.summary_of(self, status="broken off"))
 
     def finish(self) -> dict[str, Any]:
         """Deliver the best or the last weights and the summary; the fields of `TrainResult`."""

@@ -1,5 +1,6 @@
 """Whole runs of the loop on tiny models: what trains, what is logged, kept and delivered."""
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -11,11 +12,12 @@ import torch
 from torch import nn
 
 from halfbyte.config import load_config
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, Interrupted, NumericError
 from halfbyte.formats import peft
 from halfbyte.lora.tensors import adapter_tensors
 from halfbyte.models.token_loss import trained_tokens
 from halfbyte.train import checkpoint, loop, metrics
+from halfbyte.train.faults import FaultStop
 from halfbyte.train.loop import TrainResult
 from tests.train.tiny_runs import Quiet, adapted, assembled, classes, config, data, examples, uneven, window
 
@@ -231,6 +233,19 @@ def test_a_folder_with_a_run_is_not_overwritten(tiny_llama: Tiny, tmp_path: Path
     assert (tmp_path / "run" / "run.json").read_bytes() == before
 
 
+def test_a_run_that_failed_before_its_first_step_does_not_block_its_folder(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """A wrong setting or a dead adapter is corrected and started again in the same place."""
+    with pytest.raises(ConfigError) as caught:
+        train(adapted(small(tiny_llama)), tmp_path / "run", **{"optim.warmup_steps": 4})
+    assert caught.value.code == "E-CONF-301"
+    broken = adapted(small(tiny_llama))
+    broken.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, inputs, output: output.detach())
+    with pytest.raises(NumericError):
+        train(broken, tmp_path / "run")
+    result, _ = train(adapted(small(tiny_llama)), tmp_path / "run")
+    assert [record["step"] for record in result.history if "eval_loss" in record] == [0, 2, 4]
+
+
 def test_a_run_goes_on_to_the_bit_and_says_so(tiny_llama: Tiny, tmp_path: Path) -> None:
     """T70: 4 of 8 steps, then the rest in a new model, equals 8 at once; weights and lines."""
     ends = []
@@ -315,8 +330,6 @@ def test_a_classifier_learns_in_the_same_loop(tmp_path: Path) -> None:
 
 def test_a_first_step_with_dead_adapters_ends_the_run(tiny_llama: Tiny, tmp_path: Path) -> None:
     """T34: in the loop, at step 1, before anything is changed."""
-    from halfbyte.errors import NumericError
-
     model = adapted(small(tiny_llama))
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, inputs, output: output.detach())
     before = {name: value.clone() for name, value in adapter_tensors(model).items()}
@@ -324,6 +337,25 @@ def test_a_first_step_with_dead_adapters_ends_the_run(tiny_llama: Tiny, tmp_path
         train(model, tmp_path / "run")
     assert all(torch.equal(value, before[name]) for name, value in adapter_tensors(model).items())
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize(("fault", "status"), [
+    ("train.step_done:stop:2", "broken off"), ("train.micro_batch:sigterm:3", "stopped"), ("", "finished"),
+])
+def test_observers_are_told_once_however_the_run_ends(
+    tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, status: str
+) -> None:
+    """A live view must let go of the terminal, a tracker must close."""
+    monkeypatch.setenv("HALFBYTE_FAULTS", fault)
+    told: list[str] = []
+
+    class Ear(Quiet):
+        def finished(self, summary: dict[str, Any]) -> None:
+            told.append(summary["status"])
+
+    with contextlib.suppress(Interrupted, FaultStop):
+        loop.run(config(tmp_path / "run"), assembled(adapted(small(tiny_llama))), data(uneven(16)), observers=[Ear()])
+    assert told == [status]
 
 
 def test_perplexity_is_the_exponent_of_the_loss(tiny_llama: Tiny, tmp_path: Path) -> None:
