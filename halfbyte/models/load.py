@@ -27,6 +27,7 @@ from halfbyte.config.quant import QuantConfig
 from halfbyte.errors import ModelError, WeightError
 from halfbyte.formats import bnb4bit
 from halfbyte.formats.safetensors_io import TensorInfo
+from halfbyte.log import logger
 from halfbyte.models import folder_checks, rope
 from halfbyte.models.quantizer import LoadConfig, wrong_shape
 from halfbyte.models.source import Source, resolve
@@ -111,6 +112,9 @@ def _from_pretrained(
     folder: Path, config: PretrainedConfig, task: str, dtype: torch.dtype, attention: str, packing: LoadConfig | None
 ) -> PreTrainedModel:
     kind = _MAPPINGS[task][type(config)]
+    if attention == "sdpa" and not kind._supports_sdpa:
+        logger().info("%s has no fused attention in transformers; the eager one is used", kind.__name__)
+        attention = "eager"
     options: dict[str, Any] = {}
     if packing is not None and packing.stored:
         config.quantization_config = packing.carried()
