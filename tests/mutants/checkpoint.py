@@ -5,7 +5,7 @@ from tests.mutants.mutant import Mutant
 CHECKPOINT, KILL, STORAGE, RESUME = (
     f"tests/train/test_train_{name}.py::" for name in ("checkpoint", "kill", "storage_faults", "resume")
 )
-EVERY_ITEM = RESUME + "test_each_saved_item_is_needed"
+MISHAPS = RESUME + "test_a_run_with_mishaps_goes_on_to_the_bit"
 ONE_POINT = RESUME + "test_a_run_stopped_anywhere_goes_on_to_the_bit"
 
 DAMAGE = [
@@ -92,4 +92,37 @@ LOSS = [
            CHECKPOINT + "test_a_second_writer_is_refused_and_told_by_whom"),
 ]
 
-MUTANTS = DAMAGE + LOSS
+RESUMING = [
+    Mutant("T70", f"{name} generator not restored", "halfbyte/train/state.py", find, "    pass\n", ONE_POINT)
+    for name, find in (
+        ("python", "    random.setstate((version, tuple(words), gauss[0] if gauss else None))\n"),
+        ("torch", '    torch.set_rng_state(saved["torch"])\n'),
+    )
+] + [
+    Mutant("T70", "optimizer not restored", "halfbyte/train/state.py", "    optimizer.load_state_tensors(state.optimizer)\n", "",
+           ONE_POINT),
+    Mutant("T70", "trainables not restored", "halfbyte/train/state.py", "            tensor.copy_(state.trainables[name])\n",
+           "            pass\n", ONE_POINT),
+    Mutant("T70", "cursor off by one", "halfbyte/train/training.py", "        self.batches.load_state_dict(self.progress.cursor)\n",
+           '        self.batches.load_state_dict(self.progress.cursor | {"step": self.progress.cursor["step"] + 1})\n', ONE_POINT),
+    Mutant("T70", "cursor not restored", "halfbyte/train/training.py", "        self.batches.load_state_dict(self.progress.cursor)\n", "",
+           ONE_POINT),
+    Mutant("T70", "progress starts anew", "halfbyte/train/state.py", "    return Progress.from_json(state.progress.to_json())\n",
+           "    return Progress(step=state.progress.step, cursor=state.progress.cursor)\n", ONE_POINT),
+    Mutant("T70", "log lines of steps done again doubled", "halfbyte/train/training.py",
+           "            self._go_on_from_checkpoint()\n        self.metrics.cut(self.progress.metrics_offset)\n",
+           "            self._go_on_from_checkpoint()\n", ONE_POINT),
+    Mutant("T70", "iterating the loader draws from the global generator", "halfbyte/data/batches.py",
+           "            generator=torch.Generator().manual_seed(self.seed),", "            ", ONE_POINT),
+    Mutant("T70", "half a window saved by a signal with its random numbers gone", "halfbyte/train/training.py",
+           "        except StopRequested:\n            restore_rng(random_state)\n", "        except StopRequested:\n", MISHAPS),
+    Mutant("T72", "a best measured where it is not saved", "halfbyte/train/training.py",
+           "        if every is None or self.progress.evaluated_step == step or self._amid_bad_steps():\n",
+           "        if every is None or self.progress.evaluated_step == step:\n",
+           RESUME + "test_the_best_can_be_delivered_though_steps_were_left_out"),
+    Mutant("T72", "a lock that a data worker inherited not given back", "halfbyte/train/run_lock.py",
+           "            fcntl.flock(self._descriptor, fcntl.LOCK_UN)", "            pass",
+           CHECKPOINT + "test_a_lock_given_back_is_free_though_a_worker_inherited_it"),
+]
+
+MUTANTS = DAMAGE + LOSS + RESUMING
