@@ -96,7 +96,8 @@ def foreign_assignments(tree: ast.Module) -> list[str]:
             root = target
             while isinstance(root, ast.Attribute | ast.Subscript):
                 root = root.value
-            if root is not target and isinstance(root, ast.Name) and root.id in foreign:
+            own = ast.unparse(target).startswith("sys.modules[__name__]")
+            if root is not target and isinstance(root, ast.Name) and root.id in foreign and not own:
                 found.append(f"line {getattr(node, 'lineno', 0)}: assigns to {root.id}.{getattr(target, 'attr', '[]')}")
     return found
 

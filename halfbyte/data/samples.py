@@ -25,21 +25,10 @@ from halfbyte.errors import nearest
 
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_NAMES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "ipython": "tool",
-    "function": "tool",
-    "function_response": "tool",
-}
+    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+    "model": "assistant", "bot": "assistant", "function_call": "assistant", "tool": "tool", "observation": "tool",
+    "ipython": "tool", "function": "tool", "function_response": "tool",
+}  # fmt: skip
 KEPT = ("tool_calls", "reasoning_content", "reasoning", "thinking", "name", "tool_call_id")
 
 

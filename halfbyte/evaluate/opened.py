@@ -14,10 +14,7 @@ The base an adapter names is never fetched.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.adapters.store import AdapterStore
 from halfbyte.config import QuantConfig, RunConfig, load_config
@@ -28,6 +25,9 @@ from halfbyte.formats import peft
 from halfbyte.models.generate import generate
 from halfbyte.models.load import load_model, load_tokenizer
 from halfbyte.models.source import Source, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def _trained(run: Path, part: str) -> Path:
 
 
 def _named_base(adapter: Path) -> str:
-    named = peft.read(adapter).base_name
-    if named == "starter" or Path(named).expanduser().exists():
+    named = peft.read(adapter).base_name or ""
+    if named == "starter" or (named and Path(named).expanduser().exists()):
         return named
     raise AdapterError(
         "the base of an adapter must be at hand",
@@ -90,12 +90,13 @@ class Opened:
     """A loaded model with its tokenizer, its chat template and its adapters."""
 
     def __init__(
-        self, located: Located, source: Source, model: nn.Module, tokenizer: PreTrainedTokenizerBase, template: str | None
+        self, located: Located, source: Source, model: PreTrainedModel, tokenizer: "PreTrainedTokenizerBase", template: str | None
     ) -> None:
         self.located, self.source, self.model, self.tokenizer = located, source, model, tokenizer
         self.template_path = template
         self._template: Template | None = None
         self.store = AdapterStore(model)
+        self.folders: dict[Path, str] = {}
 
     @property
     def adapter_names(self) -> list[str]:
@@ -123,10 +124,14 @@ class Opened:
 
     def add(self, folder: Path) -> str:
         """Put an adapter folder at hand, under its folder's name (its run's name for <run>/adapter); returns the name."""
-        folder = folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder
-        name = folder.resolve().parent.name if folder.name == "adapter" else folder.resolve().name
-        self.store.add(name, folder)
-        return name
+        folder = (folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder).resolve()
+        if folder not in self.folders:
+            wanted = folder.parent.name if folder.name == "adapter" else folder.name
+            taken = [name for name in self.store.names if name == wanted or name.startswith(f"{wanted}-")]
+            name = f"{wanted}-{len(taken) + 1}" if taken else wanted
+            self.store.add(name, folder)
+            self.folders[folder] = name
+        return self.folders[folder]
 
     def activate(self, name: str | None) -> None:
         """Use an adapter by name or by folder; None is the bare model."""

@@ -5,9 +5,7 @@ is (text that spells a special token stays text), and cut before the first token
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.data.encoding import Encoder, labels_of
 from halfbyte.data.faults import Problem, error_of
@@ -16,11 +14,14 @@ from halfbyte.data.templates import Template
 from halfbyte.data.tokenize import IGNORED, Example
 from halfbyte.errors import DataError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Messages = Sequence[Mapping[str, Any]]
 STAND_IN = "A"
 
 
-def prompt_tokens(template: Template, tokenizer: PreTrainedTokenizerBase, talks: Sequence[Messages]) -> list[list[int]]:
+def prompt_tokens(template: Template, tokenizer: "PreTrainedTokenizerBase", talks: Sequence[Messages]) -> list[list[int]]:
     """Tokens of each conversation up to where the model is to speak.  Raises DataError when the template refuses one."""
     conversations = [
         Conversation((*(Message(str(one["role"]), str(one["content"])) for one in talk), Message("assistant", STAND_IN)), "the prompt")

@@ -5,10 +5,13 @@ Sentences of this module, or texts of the caller; every token position counts.  
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TEXTS = (
     "The committee will meet again on Thursday to decide how the money from the sale is to be spent.",
@@ -31,7 +34,7 @@ class Difference:
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] = TEXTS) -> list[Tensor]:
+def logits_of(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str] = TEXTS) -> list[Tensor]:
     """For each text the logits (T, V) as float32, one text at a time so that no padding takes part."""
     was_training = model.training
     model.eval()

@@ -47,8 +47,10 @@ class _Reads(ast.NodeVisitor):
             return next((scope[node.id] for scope in reversed(self.names) if node.id in scope), "")
         if isinstance(node, ast.Attribute):
             if node.attr in GROUPS and self.kind_of(node.value) in ("RunConfig", ""):
-                return GROUPS[node.attr].__name__ if self.kind_of(node.value) == "RunConfig" else ""
+                return GROUPS[node.attr].__name__ if self.kind_of(node.value) == "RunConfig" else self.attributes.get(node.attr, "")
             return self.attributes.get(node.attr, "")
+        if isinstance(node, ast.IfExp):
+            return self.kind_of(node.body) or self.kind_of(node.orelse)
         if isinstance(node, ast.Call):
             return _kind_named(node.func) or ("RunConfig" if getattr(node.func, "id", "") == "load_config" else "")
         return ""
