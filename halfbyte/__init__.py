@@ -8,6 +8,9 @@
 Importing this package starts nothing: a name is fetched from `halfbyte.api` when it is first used.
 """
 
+import sys
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,12 +42,33 @@ __all__ = [
 ]
 
 
+def _public(name: str) -> Any:
+    return getattr(import_module(_HOMES[name]), name)
+
+
+class _CallablePackage(ModuleType):
+    """`halfbyte.train` and `halfbyte.evaluate` are packages and public functions: the package can be called."""
+
+    def __call__(self, *positional: Any, **named: Any) -> Any:
+        return _public(self.__name__.rpartition(".")[2])(*positional, **named)
+
+
+class _Door(ModuleType):
+    """This package; when the import system binds a sub-package that has a public function's name, it becomes callable."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOMES and isinstance(value, ModuleType):
+            value.__class__ = _CallablePackage
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Door
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'halfbyte' has no attribute {name!r}; it has {', '.join(__all__)}")
-    from importlib import import_module
-
-    return getattr(import_module(_HOMES[name]), name)
+    return _public(name)
 
 
 def __dir__() -> list[str]:

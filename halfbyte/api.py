@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.adapters import folder as adapter_folder
 from halfbyte.config import LoraConfig, RunConfig, load_config, make
@@ -30,6 +29,9 @@ from halfbyte.lora.inject import Injected
 from halfbyte.train.from_config import train_from_config
 from halfbyte.train.metrics import read as read_metrics
 from halfbyte.train.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "Run",
@@ -55,14 +57,14 @@ def load(
     dtype: str | None = None,
     revision: str | None = None,
     allow_download: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """(model, tokenizer), both of transformers; `model` is a name, a folder, a GGUF file, a run folder or an adapter folder.
 
     quant   nf4, fp4 or int8: packed tensor by tensor while loading; None as it lies there
     Raises ModelError, WeightError, AdapterError, EnvironmentFault.
     """
     opened = open_model(model, quant=quant, adapter=adapter, dtype=dtype, revision=revision, allow_download=allow_download)
-    return opened.model, opened.tokenizer  # type: ignore[return-value]
+    return opened.model, opened.tokenizer
 
 
 def inject(model: nn.Module, *, seed: int = 0, **settings: Any) -> Injected:
@@ -79,7 +81,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base: str | None = Non
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> Injected:
-    """Put the adapter of a PEFT folder into a model that has none.  Raises AdapterError where they do not fit; the model is then as before."""
+    """Put the adapter of a PEFT folder into a model that has none.  Raises AdapterError where they do not fit; nothing is changed then."""
     return adapter_folder.load_adapter(model, folder)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from halfbyte.api import OpenedModel
+    from halfbyte.evaluate.opened import Opened
 
 HELP = """/help             this text
 /new              forget the conversation
@@ -29,7 +29,7 @@ HELP = """/help             this text
 class Talk:
     """A conversation and the model it is held with; `say` prints text, `stream` is told each piece of an answer as it comes."""
 
-    opened: "OpenedModel"
+    opened: "Opened"
     say: Callable[[str], None]
     stream: Callable[[str], None]
     options: dict[str, float | int] = field(default_factory=dict)
@@ -46,6 +46,7 @@ class Talk:
         self.turns.append({"role": "user", "content": text})
         answer = self.opened.reply(self.messages(), stream=self.stream, **self.options)
         self.turns.append({"role": "assistant", "content": answer})
+        self.say("")
 
     def command(self, line: str) -> bool:
         """Do one slash command; False when it was /quit."""
@@ -170,7 +171,9 @@ def chat(
             raise EOFError
         return line.rstrip("\n")
 
-    options: dict[str, float | int] = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    options: dict[str, float | int] = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed,
+    }  # fmt: skip
     talk = Talk(opened, say=typer.echo, stream=stream, options=options, system=system)
     if at_terminal:
         typer.echo(f"{opened.title()}; /help lists the commands, Ctrl-D leaves")

@@ -4,6 +4,7 @@ Everything that came from a file or a model passes `redact.terminal` before it r
 """
 
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from halfbyte import env, redact
@@ -39,3 +40,19 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def pairs(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """A title and (label, text) lines, long texts wrapped behind their label.
+
+    >>> print(pairs("model", [("layers", "2"), ("width", "64")]))
+    model
+      layers  2
+      width   64
+    """
+    width = max(len(label) for label, _ in rows)
+    lines = [title]
+    for label, text in rows:
+        parts = textwrap.wrap(redact.terminal(text), 100) or [""]
+        lines += [f"  {label:<{width}}  {parts[0]}", *(" " * (width + 4) + part for part in parts[1:])]
+    return "\n".join(lines)

@@ -56,7 +56,8 @@ def evaluate_rows(
             expected="messages, prompt and completion, or alpaca",
             remedy="leave --metrics out: the loss needs no prompt",
         )
-    references = [opened.tokenizer.decode(row.input_ids[len(prompt) :], skip_special_tokens=True) for row, prompt in zip(examples, prompts)]
+    wanted = [row.input_ids[len(prompt) :] for row, prompt in zip(examples, prompts)]
+    references = [str(opened.tokenizer.decode(ids, skip_special_tokens=True)) for ids in wanted]
     answers = generate(opened.model, opened.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     return {**found, **scores(answers, references, metrics)}
 

@@ -22,6 +22,8 @@ from halfbyte.models.load import load_model, load_tokenizer
 from halfbyte.models.save import save_dense
 from halfbyte.models.source import resolve
 from halfbyte.quant.dense import dense_weight, with_weight
+from halfbyte.quant.dense_experts import with_expert_weights
+from halfbyte.quant.experts import QuantExperts
 from halfbyte.quant.linear import QuantLinear
 from halfbyte.units import bytes_text, percent_text
 
@@ -50,13 +52,14 @@ class Merged:
         seen = self.difference
         lines = [
             f"merged {self.merged} adapted weights into {self.base}, written in {self.dtype}: {self.out} ({bytes_text(self.bytes)})",
-            f"largest logit difference to the unmerged model {seen.largest:.4g} (mean {seen.mean:.3g}, largest logit {seen.largest_logit:.3g}), "
+            f"largest logit difference to the unmerged model {seen.largest:.4g} "
+            f"(mean {seen.mean:.3g}, largest logit {seen.largest_logit:.3g}), "
             f"same likeliest token at {percent_text(seen.same_choice)} of {seen.positions} positions",
         ]
         if self.onto == "original" and self.storage != "none":
             lines.append(
-                f"what this changes: the adapter was trained on the {self.storage} base and has learnt to work with its rounding; the original "
-                f"weights differ from it, so the merged model is not the one that was trained. --onto trained keeps it."
+                f"what this changes: the adapter was trained on the {self.storage} base and has learnt to work with its rounding; the "
+                f"original weights differ from it, so the merged model is not the one that was trained. --onto trained keeps it."
             )
         elif self.storage != "none":
             lines.append(
@@ -91,7 +94,7 @@ def merge_to_folder(run: str | Path, out: Path, *, onto: str = "trained", dtype:
         opened = open_model(run, base=model, quant="none", dtype="float32" if dtype == "float32" else None)
     report = merge(opened.model)
     dequantized = write_out(opened.model)
-    opened.model.to(DTYPES[dtype])
+    opened.model.to(DTYPES[dtype])  # type: ignore[arg-type]  # transformers' wrapper hides the signature
     save_dense(opened.model, opened.tokenizer, out)
     count, error, untied = report.count, report.rounding_error, report.untied
     base = opened.source.name
@@ -102,9 +105,13 @@ def merge_to_folder(run: str | Path, out: Path, *, onto: str = "trained", dtype:
 
 def write_out(model: nn.Module) -> int:
     """Replace every packed layer by a dense one with the same weight; returns how many."""
-    packed = list(surgery.modules_of(model, lambda _, module: isinstance(module, QuantLinear)))
+    packed = list(surgery.modules_of(model, lambda _, module: isinstance(module, (QuantLinear, QuantExperts))))
     for name, layer in packed:
-        surgery.replace(model, name, with_weight(layer, dense_weight(layer), layer.bias))
+        if isinstance(layer, QuantExperts):
+            surgery.replace(model, name, with_expert_weights(layer, {}))
+        else:
+            bias = layer.bias if isinstance(layer.bias, torch.Tensor) else None
+            surgery.replace(model, name, with_weight(layer, dense_weight(layer), bias))
     return len(packed)
 
 

@@ -12,13 +12,14 @@ from torch import nn
 
 from halfbyte import surgery
 from halfbyte.config.quant import QuantConfig
-from halfbyte.errors import ConfigError, WeightError
+from halfbyte.errors import ConfigError
 from halfbyte.export import folder
 from halfbyte.formats import safetensors_io
 from halfbyte.models.load import load_model, load_tokenizer
 from halfbyte.models.save import save_quantized
 from halfbyte.models.source import Source, resolve
 from halfbyte.quant.dense import dense_weight
+from halfbyte.quant.experts import QuantExperts
 from halfbyte.quant.linear import QuantLinear
 from halfbyte.units import bytes_text, percent_text
 
@@ -38,11 +39,12 @@ class Quantized:
 
     def text(self) -> str:
         """The report that is printed."""
-        mean = sum(error for _, error in self.errors) / len(self.errors)
+        mean = sum(error for _, error in self.errors) / max(1, len(self.errors))
         lines = [
-            f"{self.layers} weights in {self.format}: {self.out}",
-            f"size {bytes_text(self.bytes_before)} -> {bytes_text(self.bytes_after)} ({percent_text(self.bytes_after / self.bytes_before)})",
-            f"relative error of a weight: mean {percent_text(mean)}, largest:",
+            f"{self.layers} layers in {self.format}: {self.out}",
+            f"size {bytes_text(self.bytes_before)} -> {bytes_text(self.bytes_after)} "
+            f"({percent_text(self.bytes_after / self.bytes_before)})",
+            f"relative error of a weight, measured on {len(self.errors)}: mean {percent_text(mean)}, largest:",
         ]
         return "\n".join([*lines, *(f"  {percent_text(error):>8}  {name}" for name, error in self.errors[:5])])
 
@@ -55,22 +57,21 @@ def quantize_to_folder(model: str, out: Path, *, format: str = "nf4", blocksize:
     folder.require_new(out)
     source = resolve(model)
     loaded = load_model(source, quant=QuantConfig.model_validate({"format": format, "blocksize": blocksize, "double_quant": double_quant}))
+    layers = len(list(surgery.modules_of(loaded, lambda _, module: isinstance(module, (QuantLinear, QuantExperts)))))
     errors = relative_errors(loaded, source)
     save_quantized(loaded, load_tokenizer(source), out)
     worst = tuple(sorted(errors, key=lambda entry: -entry[1]))
-    return Quantized(out, format, len(errors), folder.size_of(source.folder), folder.size_of(out), worst)
+    return Quantized(out, format, layers, folder.size_of(source.folder), folder.size_of(out), worst)
 
 
 def relative_errors(model: nn.Module, source: Source) -> list[tuple[str, float]]:
-    """(name, relative error) of each packed layer against the weight in the model's own files."""
+    """(name, relative error) of each packed layer that stands under its name in the model's files."""
     found = []
-    with safetensors_io.open_folder(source.folder) as tensors:
+    with safetensors_io.open_tensors(source.folder) as tensors:
         for name, layer in surgery.modules_of(model, lambda _, module: isinstance(module, QuantLinear)):
-            original = tensors.get(f"{name}.weight")
-            if original is None:
-                raise WeightError(
-                    "a quantized layer must have its weight in the files", code="E-WEIGHT-080", place=name, found="no such tensor"
-                )
+            if f"{name}.weight" not in tensors:  # under another name in the files, e.g. one expert of many
+                continue
+            original = tensors[f"{name}.weight"]
             gap = dense_weight(layer, torch.float32) - original.float()
             found.append((name, float(gap.norm() / original.float().norm().clamp_min(1e-30))))
     return found

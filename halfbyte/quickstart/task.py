@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 SYSTEM = "Reply in JSON."
-TRAIN_ROWS = 768
+TRAIN_ROWS = 640
 HELD_OUT_ROWS = 120
 
 

@@ -26,7 +26,7 @@ from halfbyte.quickstart import screen, task
 from halfbyte.train import from_config, loop
 from halfbyte.train.run_folder import RunFolder
 
-STEPS = 48
+STEPS = 40
 SETTINGS: dict[str, Any] = {
     "method": "qlora", "model": "starter", "lora.rank": 16, "lora.alpha": 32, "optim.learning_rate": 2e-3, "train.max_steps": STEPS,
     "train.global_batch_size": 16, "train.eval_every_steps": STEPS // 2, "train.save_every_steps": STEPS // 2, "train.sample_prompts": 0,
@@ -127,7 +127,8 @@ def exact_match(found: Sequence[str], rows: Sequence[task.Row]) -> float:
 def samples(rows: Sequence[task.Row], before: Sequence[str], after: Sequence[str]) -> list[dict[str, str]]:
     """The first rows with both answers, for the screen and the report."""
     return [
-        {"prompt": row.request, "reference": row.answer, "before": old, "after": new} for row, old, new in list(zip(rows, before, after))[:SHOWN]
+        {"prompt": row.request, "reference": row.answer, "before": old, "after": new}
+        for row, old, new in list(zip(rows, before, after))[:SHOWN]
     ]
 
 

@@ -1,0 +1,135 @@
+"""The border of the command line: help at once, one block for an error, one exit code, no secret and no escape sequence on the screen."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from halfbyte import redact
+from halfbyte.cli import docs, main, terminal
+from halfbyte.cli import train as train_command
+from halfbyte.errors import CheckpointError, ConfigError, DoesNotFitError, Interrupted, NumericError, StorageError, UnsupportedError
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "transformers", "numba", "matplotlib", "pyarrow", "tokenizers", "rich.console")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["data", "show", "--help"], ["chat", "--help"], ["nonsense"]])
+def test_help_and_mistakes_load_nothing_heavy(words: list[str]) -> None:
+    code = f"import sys\nfrom halfbyte.cli.main import run\nrun({words!r})\nprint([n for n in {HEAVY!r} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip().endswith("[]"), done.stdout[-300:]
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("quickstart", "train", "data", "eval", "generate", "chat", "merge", "quantize", "doctor"):
+        assert f"\n  {name} " in shown
+
+
+def test_the_commands_page_is_that_of_the_program() -> None:
+    assert (ROOT / "docs" / "cli.md").read_text() == docs.markdown(), "run: python -m halfbyte.cli.docs > docs/cli.md"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("r", code="E-CONF-999"), 2), (UnsupportedError("r", code="E-UNSUP-999"), 3), (CheckpointError("r", code="E-CKPT-999"), 4),
+        (StorageError("r", code="E-STORE-999"), 5), (NumericError("r", code="E-NUM-999"), 6), (DoesNotFitError("r", code="E-FIT-999"), 7),
+        (Interrupted("r", code="E-STOP-999", exit_code=143), 143), (KeyboardInterrupt(), 130), (ZeroDivisionError("oh"), 1),
+    ],
+)  # fmt: skip
+def test_one_block_and_one_exit_code(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Command:
+        def main(self, **_: object) -> None:
+            raise error
+
+    monkeypatch.setattr(main, "command", Command)
+    assert main.run(["train", "x.yaml"]) == code
+    shown = capsys.readouterr()
+    assert shown.out == "" and "Traceback" not in shown.err
+    if code == 1:
+        assert "this is a bug" in shown.err and "ZeroDivisionError: oh" in shown.err and "halfbyte --debug train x.yaml" in shown.err
+    main.run(["train", "--debug", "x.yaml"])
+    assert ("Traceback" in capsys.readouterr().err) == (code != 130)
+
+
+def test_errors_show_no_secret_and_no_escape_sequence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Command:
+        def main(self, **_: object) -> None:
+            raise ConfigError("a rule", code="E-CONF-999", found="hf_CANARY0123456789 \x1b[31m\x1b]0;title\x07red")
+
+    monkeypatch.setattr(main, "command", Command)
+    main.run([])
+    shown = capsys.readouterr().err
+    assert "CANARY" not in shown and "\x1b" not in shown and "\x07" not in shown and "red" in shown
+
+
+def test_a_mistyped_option_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["train", "--modle", "x"]) == 2
+    assert "--model" in capsys.readouterr().err
+
+
+def test_two_config_files_are_refused() -> None:
+    assert train_command.split_settings(["a.yaml", "lora.rank=4"]) == (Path("a.yaml"), ["lora.rank=4"])
+    with pytest.raises(ConfigError, match="at most one config file"):
+        train_command.split_settings(["a.yaml", "b.yaml"])
+
+
+def test_flags_and_file_give_the_same_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: starter\ndata: rows.jsonl\nmethod: lora\nout: runs/x\n")
+    assert main.run(["train", str(file), "lora.rank=32", "--dry-run"]) == 0
+    from_file = capsys.readouterr().out
+    flags = ["--model", "starter", "--data", "rows.jsonl", "--method", "lora", "--out", "runs/x"]
+    assert main.run(["train", *flags, "lora.rank=32", "--dry-run"]) == 0
+    assert capsys.readouterr().out == from_file
+    assert "rank: 32" in from_file
+
+
+def test_resume_takes_the_settings_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("model: starter\ndata: rows.jsonl\nmethod: lora\nout: elsewhere\n")
+    for words in (["--resume", str(tmp_path)], ["--resume", "--out", str(tmp_path)]):
+        assert main.run(["train", *words, "--dry-run"]) == 0
+        assert f"out: {tmp_path}" in capsys.readouterr().out
+
+
+def test_marks_where_there_is_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = [("ask\x1b[31m ", False), ("answer", True)]
+    assert terminal.marked(pieces) == "ask [[answer]]"
+    monkeypatch.setattr(terminal, "colour", lambda: True)
+    assert terminal.marked(pieces) == "ask \x1b[30;42manswer\x1b[0m"
+
+
+def test_a_table_with_hostile_cells_stays_a_table() -> None:
+    shown = terminal.table(["name"], [["a\x1b[2Jb"], ["c\r"]])
+    assert shown.splitlines()[2:] == ["ab", "c"]
+
+
+SECRETS = [
+    "hf_abcdefghijkl", "sk-proj-abcdefghijklmnop", "ghp_abcdefghijklmnop1234", "github_pat_11ABCDEFG0abcdefg", "glpat-abcdefghijklmnopq",
+    "xoxb-1234567890-abc", "AKIAABCDEFGHIJKLMNOP", "eyJhbGciOiJI.eyJzdWIiOiIx.abc", "https://me:hunter22@host/x", "WANDB_API_KEY=0123456789abcdef",
+    'password: "correcthorse"', "token=abcdef123456",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_what_looks_like_a_secret_is_blanked(secret: str) -> None:
+    shown = redact.secrets(f"before {secret} after")
+    assert redact.BLANK in shown and "before" in shown and "after" in shown
+    for part in ("abcdef", "hunter22", "correcthorse", "1234567890", "IOSFODNN", "eyJhbG", "ABCDEFGHIJ"):
+        assert part not in shown
+
+
+def test_ordinary_text_is_left_alone() -> None:
+    text = "max_tokens: 512, trained_tokens 8,064, https://example.org/a?b=c, the token was long, skip-this-one-please"
+    assert redact.secrets(text) == text
+    assert (
+        redact.terminal(json.dumps({"a": "ä\n\tb"}, ensure_ascii=False) + "ä\n\tb")
+        == json.dumps({"a": "ä\n\tb"}, ensure_ascii=False) + "ä\n\tb"
+    )

@@ -1,0 +1,53 @@
+"""The public door: its names, and that it opens without starting anything."""
+
+import subprocess
+import sys
+
+import pytest
+
+import halfbyte
+
+NAMES = [
+    "HalfbyteError", "Run", "SaveAdapter", "evaluate", "generate", "inject", "load", "load_adapter", "merge", "quantize", "save_adapter",
+    "train",
+]  # fmt: skip
+
+
+def test_the_public_names_are_these() -> None:
+    assert halfbyte.__all__ == NAMES == dir(halfbyte)
+    assert all(getattr(halfbyte, name).__doc__ for name in NAMES)
+
+
+def test_an_unknown_name_says_what_there_is() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'trian'; it has HalfbyteError"):
+        halfbyte.trian  # noqa: B018
+
+
+def test_importing_it_loads_nothing_heavy() -> None:
+    code = "import sys, halfbyte; sys.exit(bool({'torch', 'transformers', 'numba', 'matplotlib', 'pydantic'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: object) -> None:
+    with pytest.raises(halfbyte.HalfbyteError, match="a run is a folder that `halfbyte train` wrote"):
+        halfbyte.Run.open(str(tmp_path))
+
+
+def test_a_wrong_setting_names_the_nearest() -> None:
+    import torch
+
+    with pytest.raises(halfbyte.HalfbyteError, match=r"did you mean (lora\.)?rank"):
+        halfbyte.inject(torch.nn.Linear(2, 2), rnak=4)
+
+
+def test_a_package_with_the_name_of_a_function_can_be_called() -> None:
+    code = (
+        "import halfbyte as hb, halfbyte.train.loop, halfbyte.evaluate.loss\n"
+        "assert hb.train.loop.run and hb.evaluate.loss.evaluate_loss\n"
+        "train, judge = (lambda: hb.train(data='none.jsonl', model='no-such')), (lambda: hb.evaluate('no-such', 'x.jsonl'))\n"
+        "for call in (train, judge):\n"
+        "    try:\n        call()\n    except hb.HalfbyteError as error:\n        assert error.code == 'E-MODEL-001', error\n"
+        "    else:\n        raise AssertionError('not refused')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1500:]
