@@ -26,8 +26,9 @@ lint: $(VENV)/.installed-lint
 	$(VENV)/bin/lint-imports --no-logo
 
 docs: $(VENV)/.installed
-	$(PY) -m halfbyte.config.docs > docs/config.md
-	$(PY) -m halfbyte.cli.docs > docs/cli.md
+	$(PY) -m halfbyte.config.docs
+	$(PY) -m halfbyte.cli.docs
+	$(PY) docs/make_tree.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
