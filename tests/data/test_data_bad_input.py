@@ -82,7 +82,7 @@ def _overlap(folder: Path) -> Path:
     return jsonl(GOOD, '{"prompt": "three", "completion": "four"}\n')(folder)
 
 
-LONG = json.dumps({"prompt": "a " * 30, "completion": "b " * 4000}) + "\n"
+SHORT, LONG = (json.dumps({"input_ids": [5] * count}) + "\n" for count in (9, 4_000))  # tokens, so that no trained vocabulary counts
 DEEP = '{"prompt": "x", "completion": ' + "[" * 70 + "]" * 70 + "}\n"
 CASES: dict[str, tuple[Make, dict[str, Any]]] = {
     "missing file": (lambda folder: folder / "nowhere.jsonl", {}),
@@ -179,7 +179,7 @@ CASES: dict[str, tuple[Make, dict[str, Any]]] = {
     "empty answers": (rows(*[{"prompt": "a", "completion": " "}] * 3), {}),
     "no answers": (rows(*[chat(("user", "a"))] * 3), {}),
     "all rows too long": (jsonl(LONG, LONG), {"max_tokens": 64}),
-    "a long row where none may be": (jsonl(GOOD, LONG), {"max_tokens": 64, "long_rows": "refuse"}),
+    "a long row where none may be": (jsonl(SHORT, LONG), {"max_tokens": 64, "long_rows": "refuse"}),
     "duplicates in strict mode": (jsonl(GOOD, GOOD), {"strict": True}),
     "overlap in strict mode": (_overlap, {"strict": True, "eval_path": "eval.jsonl"}),
     "every row held out": (jsonl(GOOD, GOOD), {"eval_rows": 2}),
