@@ -27,7 +27,7 @@ lint: $(VENV)/.installed-lint
 
 docs: $(VENV)/.installed
 	$(PY) -m halfbyte.config.docs
-	$(PY) -m halfbyte.cli.docs
+	$(PY) -m halfbyte.cli.docs > docs/cli.md
 	$(PY) docs/make_tree.py
 
 clean:
