@@ -90,7 +90,7 @@ class Opened:
     """A loaded model with its tokenizer, its chat template and its adapters."""
 
     def __init__(
-        self, located: Located, source: Source, model: PreTrainedModel, tokenizer: "PreTrainedTokenizerBase", template: str | None
+        self, located: Located, source: Source, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", template: str | None
     ) -> None:
         self.located, self.source, self.model, self.tokenizer = located, source, model, tokenizer
         self.template_path = template
