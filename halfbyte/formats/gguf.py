@@ -161,6 +161,6 @@ class _Reader:
         elements = 1
         for extent in shape:
             elements *= extent
-        if elements <= 0 or shape[0] % per_block:
+        if not shape or elements <= 0 or shape[0] % per_block:
             raise self.fail(f"shape {shape} of {name} in {type_name}", f"a first dimension that is a multiple of {per_block}")
         return GgufTensor(name, shape, type_name, offset, elements // per_block * block_bytes)

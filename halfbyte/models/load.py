@@ -5,13 +5,11 @@ result and about two tensors.  A folder that transformers + bitsandbytes saved i
 What this does not do: run code from the folder, read pickles, reach the network.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -31,6 +29,7 @@ from halfbyte.log import logger
 from halfbyte.models import folder_checks, rope
 from halfbyte.models.quantizer import LoadConfig, wrong_shape
 from halfbyte.models.source import Source, resolve
+from halfbyte.models.transformers_calls import plain_exceptions, quiet
 
 NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 _MAPPINGS: dict[str, Any] = {"causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING, "sequence-classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING}
@@ -139,21 +138,6 @@ def _from_pretrained(
     return model
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers' progress bars and load report are off inside; both are put back."""
-    log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
-
-
 def _check_report(model: PreTrainedModel, report: dict[str, object], task: str) -> None:
     """Refuse what transformers would fill with random numbers or drop."""
     for name, found, expected in sorted(report["mismatched_keys"]):  # type: ignore[call-overload]
@@ -200,9 +184,9 @@ def load_tokenizer(source: Source | str | Path) -> PreTrainedTokenizerBase:
     raw = folder_checks.read_config(found.folder)
     folder_checks.check_tokenizer_files(found.folder)
     try:
-        with quiet():
+        with quiet(), plain_exceptions():
             tokenizer = AutoTokenizer.from_pretrained(found.folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as fault:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as fault:
         raise ModelError(
             "the folder must hold a tokenizer that transformers can read", code="E-MODEL-031", place=str(found.folder),
             found=_brief(fault, found.folder),
@@ -227,3 +211,10 @@ def token_limit(source: Source | str | Path) -> int | None:
     tables = [text, raw] if isinstance(text, dict) else [raw]
     values = [table.get(key) for table in tables for key in ("max_position_embeddings", "n_positions")]
     return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
+def task_of_folder(source: Source | str | Path) -> str:
+    """What a model folder was saved as: sequence-classification where its config names such an architecture, else causal-lm."""
+    named = folder_checks.read_config(as_source(source).folder).get("architectures")
+    classifies = isinstance(named, list) and any(str(name).endswith("ForSequenceClassification") for name in named)
+    return "sequence-classification" if classifies else "causal-lm"

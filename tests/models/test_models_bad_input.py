@@ -306,6 +306,13 @@ def damaged_tokenizer(folder: Path) -> None:
 
 
 @case
+def tokenizer_that_is_half_there(folder: Path) -> None:
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace('"merges":', '"merges": ["a b"], "other":'))
+    load(folder)
+
+
+@case
 def tokenizer_with_own_code(folder: Path) -> None:
     (folder / "tokenizer.py").write_text("raise SystemExit('the code of the folder ran')")
     settings = {"tokenizer_class": "MyTokenizer", "auto_map": {"AutoTokenizer": ["tokenizer.MyTokenizer", None]}}

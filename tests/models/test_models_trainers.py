@@ -63,8 +63,8 @@ def test_trainer(format: str, tmp_path: Path) -> None:
 
     def trainer(steps: int) -> Any:
         arguments = TrainingArguments(
-            output_dir=str(tmp_path / "out"), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2, save_steps=4, logging_steps=1,
-            report_to=[], use_cpu=True, dataloader_pin_memory=False, disable_tqdm=True,
+            output_dir=str(tmp_path / "out"), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2, save_steps=4,
+            logging_steps=1, report_to=[], use_cpu=True, dataloader_pin_memory=False, disable_tqdm=True,
         )  # fmt: skip
         return Trainer(
             model=model, args=arguments, train_dataset=rows(), data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
