@@ -14,16 +14,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from halfbyte.api import Run, evaluate, generate, inject, load, load_adapter, merge, quantize, save_adapter, train
+    from halfbyte.api import Run, SaveAdapter, evaluate, generate, inject, load, load_adapter, merge, quantize, save_adapter, train
     from halfbyte.errors import HalfbyteError
-    from halfbyte.models.trainer_callback import SaveAdapter
 
 _HOMES = {
     **dict.fromkeys(
-        ("Run", "evaluate", "generate", "inject", "load", "load_adapter", "merge", "quantize", "save_adapter", "train"), "halfbyte.api"
+        ("Run", "SaveAdapter", "evaluate", "generate", "inject", "load", "load_adapter", "merge", "quantize", "save_adapter", "train"),
+        "halfbyte.api",
     ),
     "HalfbyteError": "halfbyte.errors",
-    "SaveAdapter": "halfbyte.models.trainer_callback",
 }
 
 __all__ = [

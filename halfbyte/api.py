@@ -26,12 +26,13 @@ from halfbyte.export.merged import Merged, merge_to_folder
 from halfbyte.export.quantized import Quantized, quantize_to_folder
 from halfbyte.lora import inject as injection
 from halfbyte.lora.inject import Injected
+from halfbyte.models import trainer_callback
 from halfbyte.train.from_config import train_from_config
 from halfbyte.train.metrics import read as read_metrics
 from halfbyte.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 __all__ = [
     "Run",
@@ -78,6 +79,11 @@ def inject(model: nn.Module, *, seed: int = 0, **settings: Any) -> Injected:
 def save_adapter(model: nn.Module, folder: str | Path, *, base: str | None = None) -> Path:
     """Write the adapter of a model in PEFT's format; `base` is the name of the base that is noted in it."""
     return adapter_folder.save_adapter(model, folder, base_name=base)
+
+
+def SaveAdapter(folder: str | Path) -> "TrainerCallback":  # noqa: N802 (named as transformers names its callbacks)
+    """A callback for transformers.Trainer and TRL: the adapter goes to <checkpoint>/adapter at each save and to `folder` at the end."""
+    return trainer_callback.SaveAdapter(folder, save_adapter)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> Injected:

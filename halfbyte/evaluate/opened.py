@@ -23,7 +23,7 @@ from halfbyte.errors import AdapterError, ConfigError
 from halfbyte.evaluate.prompts import Messages, prompt_tokens
 from halfbyte.formats import peft
 from halfbyte.models.generate import generate
-from halfbyte.models.load import load_model, load_tokenizer
+from halfbyte.models.load import load_model, load_tokenizer, task_of_folder
 from halfbyte.models.source import Source, resolve
 
 if TYPE_CHECKING:
@@ -111,7 +111,9 @@ class Opened:
     @property
     def labels(self) -> tuple[str, ...]:
         """Classes of a classifier; empty for a language model."""
-        return self.located.config.model.labels if self.located.config else ()
+        if self.located.config is not None:
+            return self.located.config.model.labels
+        return tuple((self.model.config.id2label or {}).values()) if task_of_folder(self.source) == "sequence-classification" else ()
 
     @property
     def train_on(self) -> str:
@@ -188,7 +190,7 @@ def open_model(
         source,
         dtype=dtype or (config.model.dtype if config else "auto"),
         quant=_storage(quant, config),
-        task=config.model.task if config else "causal-lm",
+        task=config.model.task if config else task_of_folder(source),
         labels=config.model.labels if config else (),
     )
     opened = Opened(located, source, model, load_tokenizer(source), template or (config.model.template if config else None))

@@ -18,9 +18,7 @@ from halfbyte.errors import AdapterError, ConfigError
 from halfbyte.evaluate.opened import open_model
 from halfbyte.export import folder, probe
 from halfbyte.lora.merge import merge
-from halfbyte.models.load import load_model, load_tokenizer
 from halfbyte.models.save import save_dense
-from halfbyte.models.source import resolve
 from halfbyte.quant.dense import dense_weight, with_weight
 from halfbyte.quant.dense_experts import with_expert_weights
 from halfbyte.quant.experts import QuantExperts
@@ -117,6 +115,5 @@ def write_out(model: nn.Module) -> int:
 
 def _logits_of_folder(out: Path, dtype: str) -> list[torch.Tensor]:
     """Logits of the written folder, loaded as any other model is."""
-    source = resolve(str(out))
-    model = load_model(source, dtype="bfloat16" if dtype == "bfloat16" else "float32")
-    return probe.logits_of(model, load_tokenizer(source))
+    opened = open_model(out, dtype="bfloat16" if dtype == "bfloat16" else "float32")
+    return probe.logits_of(opened.model, opened.tokenizer)

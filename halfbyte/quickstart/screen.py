@@ -17,7 +17,7 @@ from halfbyte.units import gib, seconds_text
 if TYPE_CHECKING:
     from halfbyte.quickstart.tour import Outcome
 
-LONGEST = 46
+LONGEST = 64
 PICTURE_WIDTH = 128
 
 
@@ -42,8 +42,8 @@ def _short(text: str) -> str:
 
 def _samples(outcome: "Outcome") -> Table:
     table = Table(title="The same held-out requests, before and after", title_justify="left", title_style="bold", expand=True)
-    for name in ("request", "before", "after"):
-        table.add_column(name, overflow="fold")
+    for name, share in (("request", 3), ("before", 3), ("after", 4)):
+        table.add_column(name, overflow="fold", ratio=share)
     for row in outcome.samples:
         right = row["after"].strip() == row["reference"]
         mark = Text("right  " if right else "wrong  ", style="green" if right else "red")
@@ -53,7 +53,7 @@ def _samples(outcome: "Outcome") -> Table:
 
 def _scores(outcome: "Outcome") -> Table:
     found = outcome.scores()
-    table = Table(title=found["title"], caption=found["note"], title_justify="left", caption_justify="left", title_style="bold")
+    table = Table(title=found["title"], title_justify="left", title_style="bold")
     table.add_column(found["columns"][0])
     table.add_column(found["columns"][1], justify="right")
     for name, share in found["rows"]:
@@ -63,7 +63,7 @@ def _scores(outcome: "Outcome") -> Table:
 
 def _figures(outcome: "Outcome") -> Text:
     return Text(
-        f"\n{seconds_text(outcome.seconds)} from start to end, peak memory {gib(outcome.peak_bytes):.2f} GiB\n"
+        f"{outcome.scores()['note']}\n\n{seconds_text(outcome.seconds)} from start to end, peak memory {gib(outcome.peak_bytes):.2f} GiB\n"
         f"adapter  {outcome.folder / 'adapter'}   (PEFT's format)\n"
         f"report   {outcome.folder / 'report.html'}   (open it in a browser)\n"
         f"rows     {outcome.folder / 'rows.jsonl'}   (what a data file looks like)"

@@ -41,7 +41,8 @@ def step_text(record: dict[str, Any], total: int, left: str) -> str:
 def evaluation_text(record: dict[str, Any]) -> str:
     """The values of one evaluation in one line."""
     best = "  (best so far)" if record["best"] else ""
-    return f"step {record['step']}  held-out loss {record['eval_loss']:.4f}  perplexity {record['perplexity']:.3f}{best}"
+    second = f"accuracy {100 * record['accuracy']:.1f} %" if "accuracy" in record else f"perplexity {record['perplexity']:.3f}"
+    return f"step {record['step']}  held-out loss {record['eval_loss']:.4f}  {second}{best}"
 
 
 class PlainLines:

@@ -5,8 +5,8 @@ from the settings, so a resumed run and an uninterrupted one pass through the sa
 """
 
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from halfbyte.data.load import TrainData
 from halfbyte.data.packing import Packed, pack
 from halfbyte.data.tokenize import Example
 from halfbyte.errors import CheckpointError, HalfbyteError, Interrupted, NumericError
+from halfbyte.evaluate.classification import evaluate_classes
 from halfbyte.evaluate.loss import EvalLoss, evaluate_loss
 from halfbyte.models.assemble import Assembled
 from halfbyte.models.heads import head_of
@@ -38,6 +39,7 @@ from halfbyte.train.step import StepResult, train_step
 from halfbyte.units import seconds_text
 
 EMA = 0.9
+T = TypeVar("T")
 Items = Sequence[Example] | Sequence[Packed]
 
 
@@ -284,13 +286,14 @@ class Training:
 
     def evaluate(self) -> EvalLoss:
         """Held-out loss of the model as it is; looks for signals between batches."""
+        return self._over_held_out(lambda parts: evaluate_loss(self.model, self.stop.watched(parts), head=self.head))
+
+    def _over_held_out(self, judge: Callable[[list[Batch]], T]) -> T:
+        """`judge` of the held-out batches, with smaller ones where memory runs out."""
         size = int(self.config.train.micro_batch_size)
         batches = self._batches(self.data.eval, size, size, seed=0, workers=0)
         window = [batch.to(self.device) for part in batches.epoch(0) for batch in part]
-        return self.eval_micro.run(
-            lambda parts: evaluate_loss(self.model, self.stop.watched(parts), head=self.head), window,
-            step=self.progress.step, on_change=self.note,
-        )
+        return self.eval_micro.run(judge, window, step=self.progress.step, on_change=self.note)
 
     def _evaluate(self) -> bool:
         """Evaluate, log, and keep score; True when this is the best so far."""
@@ -314,6 +317,8 @@ class Training:
             "step": state.step, "eval_loss": found.loss, "perplexity": found.perplexity, "eval_tokens": found.tokens, "best": best,
             "seconds": time.monotonic() - began,
         }
+        if self.config.model.task == "sequence-classification":
+            record |= self._over_held_out(lambda parts: evaluate_classes(self.model, self.stop.watched(parts)))
         self._write(record)
         self.audience.evaluated(record)
         faults.point("train.after_eval")

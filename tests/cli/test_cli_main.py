@@ -37,7 +37,8 @@ def test_the_commands_page_is_that_of_the_program() -> None:
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (ConfigError("r", code="E-CONF-999"), 2), (UnsupportedError("r", code="E-UNSUP-999"), 3), (CheckpointError("r", code="E-CKPT-999"), 4),
+        (ConfigError("r", code="E-CONF-999"), 2), (UnsupportedError("r", code="E-UNSUP-999"), 3),
+        (CheckpointError("r", code="E-CKPT-999"), 4),
         (StorageError("r", code="E-STORE-999"), 5), (NumericError("r", code="E-NUM-999"), 6), (DoesNotFitError("r", code="E-FIT-999"), 7),
         (Interrupted("r", code="E-STOP-999", exit_code=143), 143), (KeyboardInterrupt(), 130), (ZeroDivisionError("oh"), 1),
     ],
@@ -113,7 +114,8 @@ def test_a_table_with_hostile_cells_stays_a_table() -> None:
 
 SECRETS = [
     "hf_abcdefghijkl", "sk-proj-abcdefghijklmnop", "ghp_abcdefghijklmnop1234", "github_pat_11ABCDEFG0abcdefg", "glpat-abcdefghijklmnopq",
-    "xoxb-1234567890-abc", "AKIAABCDEFGHIJKLMNOP", "eyJhbGciOiJI.eyJzdWIiOiIx.abc", "https://me:hunter22@host/x", "WANDB_API_KEY=0123456789abcdef",
+    "xoxb-1234567890-abc", "AKIAABCDEFGHIJKLMNOP", "eyJhbGciOiJI.eyJzdWIiOiIx.abc", "https://me:hunter22@host/x",
+    "WANDB_API_KEY=0123456789abcdef",
     'password: "correcthorse"', "token=abcdef123456",
 ]  # fmt: skip
 
@@ -122,7 +124,7 @@ SECRETS = [
 def test_what_looks_like_a_secret_is_blanked(secret: str) -> None:
     shown = redact.secrets(f"before {secret} after")
     assert redact.BLANK in shown and "before" in shown and "after" in shown
-    for part in ("abcdef", "hunter22", "correcthorse", "1234567890", "IOSFODNN", "eyJhbG", "ABCDEFGHIJ"):
+    for part in ("abcdef", "hunter22", "correcthorse", "1234567890", "eyJhbG", "ABCDEFGHIJ"):
         assert part not in shown
 
 
