@@ -3,10 +3,10 @@
     standard input    one line of JSON {"template", "specials", "now"}, then lines {"jobs": [{"messages", "tools", ...}]}
     standard output   one line for the template, then one line for each job: {"text"} or {"error", "kind"}
 
-Limits: 2 s a render (the kernel's alarm ends the process, also inside C code and also when nobody listens any more), 256 MiB over
-the size at start, 1,000,000 characters of output, no file may be written.  The environment is the one transformers gives templates:
-immutable sandbox, trim_blocks, lstrip_blocks, loop controls, tojson, raise_exception, strftime_now, `{% generation %}` accepted and
-ignored.
+Limits: 2 s of processor time a render (the kernel's alarm ends the process, also inside C code and also when nobody listens any
+more), 256 MiB over the size at start, 1,000,000 characters of output, no file may be written.  The environment is the one transformers
+gives templates: immutable sandbox, trim_blocks, lstrip_blocks, loop controls, tojson, raise_exception, strftime_now, `{% generation %}`
+accepted and ignored.
 Run with `python -m halfbyte.data.template_worker`; imports neither torch nor transformers.
 
 Source: https://github.com/huggingface/transformers/blob/main/src/transformers/utils/chat_template_utils.py
@@ -139,20 +139,20 @@ def main() -> int:
     time.localtime()  # read the time zone file while files may still be opened
     setup = json.loads(sys.stdin.readline())
     _set_limits()
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         template = environment(datetime.datetime.fromisoformat(setup["now"])).from_string(setup["template"])
     except (jinja2.exceptions.TemplateError, RecursionError, MemoryError, ValueError, OverflowError) as fault:
         line = getattr(fault, "lineno", None)
         _answer({"kind": "syntax", "error": (f"line {line}: " if line else "") + (str(fault)[:500] or type(fault).__name__)})
         return 1
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
     _answer({"text": ""})
     for line in sys.stdin:
         for job in json.loads(line)["jobs"]:
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             reply = _render(template, setup["specials"], job)
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             _answer(reply)
     return 0
 

@@ -35,12 +35,15 @@ def source_of(name: str) -> str:
 
 
 def words(seed: int, count: int) -> list[str]:
-    """Unique alphabetic words."""
+    """Unique alphabetic words, none of them part of a template's own text; the same in every process."""
     chance = random.Random(seed)
-    made: set[str] = set()
+    templates = "".join(source_of(name) for name in SPECIALS)
+    made: dict[str, None] = {}
     while len(made) < count:
-        made.add("".join(chance.choices(string.ascii_letters, k=chance.randint(3, 9))))
-    return sorted(made, key=lambda word: chance.random())
+        word = "".join(chance.choices(string.ascii_letters, k=chance.randint(5, 9)))
+        if word not in templates:
+            made[word] = None
+    return list(made)
 
 
 def _corpus() -> list[str]:
