@@ -81,7 +81,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base: str | None = Non
     return adapter_folder.save_adapter(model, folder, base_name=base)
 
 
-def SaveAdapter(folder: str | Path) -> "TrainerCallback":  # noqa: N802 (named as transformers names its callbacks)
+def SaveAdapter(folder: str | Path) -> "TrainerCallback":
     """A callback for transformers.Trainer and TRL: the adapter goes to <checkpoint>/adapter at each save and to `folder` at the end."""
     return trainer_callback.SaveAdapter(folder, save_adapter)
 

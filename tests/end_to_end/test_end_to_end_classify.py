@@ -39,7 +39,8 @@ def test_a_classifier_learns_and_peft_reads_it(
 
     rows, held_out, majority = files
     words = [
-        "train", "--model", tiny_folder, "--data", rows, "--method", "qlora", "--out", tmp_path / "run", "model.task=sequence-classification",
+        "train", "--model", tiny_folder, "--data", rows, "--method", "qlora", "--out", tmp_path / "run",
+        "model.task=sequence-classification",
         f"data.eval_path={held_out}", "train.threads=1", "train.max_steps=60", "optim.learning_rate=0.003", "lora.rank=8",
         "train.eval_every_steps=30", "train.save_every_steps=30", "model.dtype=float32",
     ]  # fmt: skip
