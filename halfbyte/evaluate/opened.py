@@ -217,4 +217,4 @@ def _storage(quant: str | QuantConfig | None, config: RunConfig | None) -> Quant
             expected=", ".join(formats),
             remedy="leave it out to keep the weights as they are",
         )
-    return None if quant == "none" else QuantConfig(format=quant)  # type: ignore[arg-type]
+    return QuantConfig(format=quant)  # type: ignore[arg-type]

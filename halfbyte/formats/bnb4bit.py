@@ -80,6 +80,11 @@ def from_named_tensors(name: str, tensors: Mapping[str, Tensor], dtype: torch.dt
     return packed, QuantState(about.format, codebook, absmax, about.blocksize, about.shape, about.dtype, nested)
 
 
+def blocksize_of(name: str, tensors: Mapping[str, Tensor]) -> int:
+    """Weights that share one scale in the 4-bit weight `name`.  Raises WeightError as `from_named_tensors` does."""
+    return _about(name, tensors).blocksize
+
+
 @dataclass(frozen=True)
 class _About:
     """The JSON part of a quantized weight."""

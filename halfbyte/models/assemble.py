@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from halfbyte.config.run import RunConfig
 from halfbyte.lora.inject import Injected, inject, total_parameters
 from halfbyte.models.load import choose_dtype, load_model, load_tokenizer
+from halfbyte.models.packed_folder import settled
 from halfbyte.models.source import Source, resolve
 from halfbyte.surgery import trainable
 
@@ -44,10 +45,11 @@ def assemble(config: RunConfig, *, for_training: bool = True) -> Assembled:
     With for_training=False nothing asks for a gradient.
     """
     source = resolve(config.model.name, revision=config.model.revision, allow_download=config.model.allow_download)
+    config = settled(config, source.folder)
     quant = config.quant.model_copy(update={"format": config.quant_format})
     dtype, reason = choose_dtype(config.model.dtype)
     # LoftQ quantizes the dense layers itself, together with their factors.
-    at_load = quant.model_copy(update={"format": "none"}) if config.method != "full" and config.lora.init == "loftq" else quant
+    at_load = None if config.method != "full" and config.lora.init == "loftq" else quant
     model = load_model(
         source, dtype=config.model.dtype, quant=at_load, task=config.model.task, labels=config.model.labels,
         attention=config.model.attention,

@@ -27,6 +27,7 @@ from halfbyte.formats import bnb4bit
 from halfbyte.formats.safetensors_io import TensorInfo
 from halfbyte.log import logger
 from halfbyte.models import folder_checks, rope
+from halfbyte.models.packed_folder import packed_layers, require_agreement, storage_of
 from halfbyte.models.quantizer import LoadConfig, wrong_shape
 from halfbyte.models.source import Source, resolve
 from halfbyte.models.transformers_calls import plain_exceptions, quiet
@@ -54,7 +55,8 @@ def load_model(
     """The model in eval mode; raises ModelError or WeightError before or while loading, each naming file, tensor or key.
 
     dtype   of what is not packed, and of the values that packed weights are read back as: "auto", "float32" or "bfloat16"
-    quant   None or format "none": as the folder has it; else every matrix of the backbone is packed while it arrives
+    quant   None: as the folder has it; format "none": dense; else every matrix of the backbone is packed while it arrives.  A packed
+            folder keeps its storage: what was set to something else is refused
     labels  names of the classes, for task "sequence-classification"
     """
     folder = as_source(source).folder
@@ -90,16 +92,12 @@ def _packing(raw: dict[str, object], quant: QuantConfig | None, tensors: dict[st
     wanted = None if quant is None or quant.format == "none" else quant
     block = raw.get("quantization_config")
     if isinstance(block, dict):
+        stored = storage_of(folder)
+        if quant is not None and stored is not None:
+            require_agreement(quant, stored, folder)
         have = bnb4bit.read_quantization_config(block)
-        if wanted is not None and wanted.format not in ("auto", have.format):
-            raise ModelError(
-                "a folder that is already packed keeps its format", code="E-MODEL-042", place=str(folder),
-                found=f"{have.format}, asked for {wanted.format}",
-                remedy=f"set quant.format={have.format}, or load the model's 16-bit folder",
-            )  # fmt: skip
         made = LoadConfig(have.format, 64, have.double_quant)
-        ends = (".weight.absmax", ".SCB")
-        made.stored = sorted(name.removesuffix(end) for name in tensors for end in ends if name.endswith(end))
+        made.stored = packed_layers(list(tensors))
         return made
     if wanted is None:
         return None

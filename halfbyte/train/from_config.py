@@ -12,6 +12,7 @@ from halfbyte.data.load import TrainData, load_data
 from halfbyte.log import logger
 from halfbyte.models.assemble import Assembled, assemble
 from halfbyte.models.load import load_tokenizer, token_limit
+from halfbyte.models.packed_folder import settled
 from halfbyte.models.source import resolve
 from halfbyte.pages import report
 from halfbyte.redact import terminal
@@ -34,6 +35,7 @@ def prepare(config: RunConfig, *, resume: bool = False) -> Prepared:
     """Read the rows, then load and assemble the model.  Raises what these raise, and ConfigError when the folder holds a run already."""
     RunFolder(Path(config.out)).check(resume=resume)
     source = resolve(config.model.name, revision=config.model.revision, allow_download=config.model.allow_download)
+    config = settled(config, source.folder)
     data = load_data(
         config.data, load_tokenizer(source), model_limit=token_limit(source), template=config.model.template, labels=config.model.labels
     )
