@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from halfbyte.config.quant import QuantConfig
+from halfbyte.errors import ModelError
 from halfbyte.models.load import choose_dtype, load_model, load_tokenizer, token_limit
-from halfbyte.models.quantizer import layers_to_quantize
+from halfbyte.models.quantizer import layers_to_quantize, matches
 from halfbyte.models.rope import exact_buffers, restore, rotary_modules
 from halfbyte.models.source import Source
 from halfbyte.quant.experts import QuantExperts, dense_expert
@@ -89,12 +90,12 @@ def packed_names(kind: str) -> list[str]:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(twelve()[kind])
-    return [name for name in layers_to_quantize(model) if ".1." in name]
+    return [name for name in layers_to_quantize(model) if ".0." not in name]
 
 
 @pytest.mark.parametrize("kind", sorted(twelve()))
 def test_what_is_packed_is_the_golden_list(kind: str) -> None:
-    """# T56  Heads, routers, shared-expert gates, embeddings and layers whose raw weight is read stay out; layer 1 of each family."""
+    """# T56  Heads, routers, shared-expert gates, embeddings and layers whose raw weight is read stay out; layer 0 is not listed."""
     assert packed_names(kind) == json.loads(GOLDEN.read_text())[kind]
 
 
@@ -110,6 +111,9 @@ def test_a_name_part_is_matched_whole() -> None:
     """# T56  "gate" is a router's name and not the beginning of gate_proj."""
     model = make_model()
     assert layers_to_quantize(model, ("gate_proj",)) == [name for name in layers_to_quantize(model) if not name.endswith("gate_proj")]
+    assert not matches("model.layers.11.mlp.gate_proj", "gate") and not matches("model.layers.11.mlp.gate_proj", "layers.1")
+    with pytest.raises(ModelError, match="E-MODEL-041"):
+        layers_to_quantize(model, ("gate",))
 
 
 def test_the_head_only_when_asked_and_not_when_tied(tmp_path: Path) -> None:
