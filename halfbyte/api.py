@@ -125,9 +125,9 @@ def evaluate(model: str | Path | Opened, data: str | Path, *, metrics: Sequence[
     """Loss, perplexity and counts of a model, run or adapter folder on rows; with `metrics` also scores of its own answers.
 
     metrics   any of exact_match, rouge1, rouge2, rougeL, bleu, chrf; a classifier gives accuracy and macro_f1 by itself
-    options   batch_size, max_new_tokens, max_rows, and those of `open_model`: adapter, quant, template
+    options   batch_size, max_new_tokens, max_rows, and those of `open_model`: adapter, quant, template, allow_download
     """
-    opening = {name: options.pop(name) for name in ("adapter", "quant", "template") if name in options}
+    opening = {name: options.pop(name) for name in ("adapter", "quant", "template", "allow_download") if name in options}
     opened = model if isinstance(model, Opened) else open_model(model, **opening)
     return evaluate_rows(opened, data, metrics=metrics, **options)
 
@@ -139,20 +139,39 @@ def generate(
     system: str | None = None,
     adapter: str | Path | None = None,
     quant: str | None = None,
+    allow_download: bool = False,
     **options: Any,
 ) -> str | list[str]:
     """The answer to a prompt, or one for each of several; options: max_new_tokens, temperature, top_p, seed, raw."""
-    return _answer(open_model(model, adapter=adapter, quant=quant), prompt, system, options)
+    return _answer(open_model(model, adapter=adapter, quant=quant, allow_download=allow_download), prompt, system, options)
 
 
-def merge(run: str | Path, out: str | Path, *, onto: str = "trained", dtype: str = "bfloat16", model: str | None = None) -> Merged:
+def merge(
+    run: str | Path,
+    out: str | Path,
+    *,
+    onto: str = "trained",
+    dtype: str = "bfloat16",
+    model: str | None = None,
+    allow_download: bool = False,
+) -> Merged:
     """Fold the adapter of a run or adapter folder into its base and write an ordinary model folder; see export/merged.py."""
-    return merge_to_folder(run, Path(out), onto=onto, dtype=dtype, model=model)
+    return merge_to_folder(run, Path(out), onto=onto, dtype=dtype, model=model, allow_download=allow_download)
 
 
-def quantize(model: str | Path, out: str | Path, *, format: str = "nf4", blocksize: int = 64, double_quant: bool = True) -> Quantized:
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    format: str = "nf4",
+    blocksize: int = 64,
+    double_quant: bool = True,
+    allow_download: bool = False,
+) -> Quantized:
     """Write a quantized copy of a model in bitsandbytes' format, with its size and error; see export/quantized.py."""
-    return quantize_to_folder(str(model), Path(out), format=format, blocksize=blocksize, double_quant=double_quant)
+    return quantize_to_folder(
+        str(model), Path(out), format=format, blocksize=blocksize, double_quant=double_quant, allow_download=allow_download
+    )
 
 
 def _answer(opened: Opened, prompt: str | Sequence[str], system: str | None, options: Mapping[str, Any]) -> str | list[str]:

@@ -152,11 +152,12 @@ def chat(
     temperature: Annotated[float, typer.Option("--temperature", help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens that make up this share.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
+    allow_download: Annotated[bool, typer.Option("--allow-download", help="Fetch a Hub id that is not here yet.")] = False,
 ) -> None:
     """Talk with a model; /help lists the commands."""
     from halfbyte import api, redact
 
-    opened = api.open_model(model, quant=quant)
+    opened = api.open_model(model, quant=quant, allow_download=allow_download)
     for folder in adapter or []:
         opened.add(folder)
     at_terminal = sys.stdin.isatty()

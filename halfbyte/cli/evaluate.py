@@ -26,6 +26,7 @@ def evaluate(
     template: Annotated[
         str | None, typer.Option("--template", metavar="FILE.jinja", help="A chat template instead of the model's own.")
     ] = None,
+    allow_download: Annotated[bool, typer.Option("--allow-download", help="Fetch a Hub id that is not here yet.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
 ) -> None:
     """Held-out loss and perplexity of a model on rows; a line `loss X` and, by choice, scores of its own answers."""
@@ -42,6 +43,7 @@ def evaluate(
         batch_size=batch_size,
         max_rows=max_rows,
         template=template,
+        allow_download=allow_download,
     )
     if as_json:
         typer.echo(json.dumps(result))

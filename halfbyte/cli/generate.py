@@ -22,6 +22,7 @@ def generate(
     top_p: Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens that make up this share.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat template.")] = False,
+    allow_download: Annotated[bool, typer.Option("--allow-download", help="Fetch a Hub id that is not here yet.")] = False,
 ) -> None:
     """Answer prompts, each on its own; answers go to standard output, separated by a line of dashes."""
     from halfbyte import api, redact
@@ -36,7 +37,7 @@ def generate(
             remedy='halfbyte generate MODEL "your prompt"',
             nothing_done="Nothing was generated.",
         )
-    answers = api.open_model(model, adapter=adapter, quant=quant).answer(
+    answers = api.open_model(model, adapter=adapter, quant=quant, allow_download=allow_download).answer(
         wanted, system=system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, raw=raw
     )
     typer.echo(f"\n{'-' * 40}\n".join(redact.terminal(answer) for answer in answers))

@@ -12,8 +12,10 @@ def quantize(
     format: Annotated[str, typer.Option("--format", metavar="nf4|fp4|int8", help="Storage of the weights.")] = "nf4",
     blocksize: Annotated[int, typer.Option("--blocksize", help="Weights that share one scale (4-bit formats).")] = 64,
     double_quant: Annotated[bool, typer.Option("--double-quant/--no-double-quant", help="Store the scales in 8 bits too.")] = True,
+    allow_download: Annotated[bool, typer.Option("--allow-download", help="Fetch a Hub id that is not here yet.")] = False,
 ) -> None:
     """Write a quantized copy of a model, with its size and the error made; loads here and in transformers with bitsandbytes."""
     from halfbyte import api
 
-    typer.echo(api.quantize(model, out, format=format, blocksize=blocksize, double_quant=double_quant).text())
+    made = api.quantize(model, out, format=format, blocksize=blocksize, double_quant=double_quant, allow_download=allow_download)
+    typer.echo(made.text())

@@ -185,6 +185,8 @@ def open_model(
         found = locate(adapter, base=located.base)
         located = Located(located.base, found.adapter, found.config or located.config)
     config = located.config
+    if revision is None and config is not None and located.base == config.model.name:
+        revision = config.model.revision
     source = resolve(located.base, revision=revision, allow_download=allow_download)
     model = load_model(
         source,

@@ -9,6 +9,7 @@ folder is loaded again and its logits are compared with those of the unmerged mo
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,14 +70,17 @@ class Merged:
         return "\n".join(lines)
 
 
-def merge_to_folder(run: str | Path, out: Path, *, onto: str = "trained", dtype: str = "bfloat16", model: str | None = None) -> Merged:
+def merge_to_folder(
+    run: str | Path, out: Path, *, onto: str = "trained", dtype: str = "bfloat16", model: str | None = None, allow_download: bool = False
+) -> Merged:
     """Merge the adapter of a run or adapter folder and write the model to `out`.  Raises ConfigError, AdapterError, StorageError."""
     for name, value, legal in (("--onto", onto, BASES), ("--dtype", dtype, tuple(DTYPES))):
         if value not in legal:
             raise ConfigError("this choice is not known", code="E-CONF-083", place=name, found=value, expected=", ".join(legal),
                               nothing_done="Nothing was merged.")  # fmt: skip
     folder.require_new(out)
-    opened = open_model(run, base=model, dtype="float32" if dtype == "float32" else None)
+    opening: dict[str, Any] = {"base": model, "dtype": "float32" if dtype == "float32" else None, "allow_download": allow_download}
+    opened = open_model(run, **opening)
     if opened.active is None:
         raise AdapterError(
             "only a model with an adapter can be merged",
@@ -89,7 +93,7 @@ def merge_to_folder(run: str | Path, out: Path, *, onto: str = "trained", dtype:
     storage = opened.located.config.quant_format if opened.located.config else "none"
     unmerged = probe.logits_of(opened.model, opened.tokenizer)
     if onto == "original" and storage != "none":
-        opened = open_model(run, base=model, quant="none", dtype="float32" if dtype == "float32" else None)
+        opened = open_model(run, quant="none", **opening)
     report = merge(opened.model)
     dequantized = write_out(opened.model)
     opened.model.to(DTYPES[dtype])  # type: ignore[arg-type]  # transformers' wrapper hides the signature

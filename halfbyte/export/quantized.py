@@ -49,13 +49,15 @@ class Quantized:
         return "\n".join([*lines, *(f"  {percent_text(error):>8}  {name}" for name, error in self.errors[:5])])
 
 
-def quantize_to_folder(model: str, out: Path, *, format: str = "nf4", blocksize: int = 64, double_quant: bool = True) -> Quantized:
+def quantize_to_folder(
+    model: str, out: Path, *, format: str = "nf4", blocksize: int = 64, double_quant: bool = True, allow_download: bool = False
+) -> Quantized:
     """Quantize a model while it is loaded and write the folder.  Raises ConfigError, ModelError, WeightError, StorageError."""
     if format not in FORMATS:
         raise ConfigError("this storage is not known", code="E-CONF-084", place="--format", found=format, expected=", ".join(FORMATS),
                           nothing_done="Nothing was written.")  # fmt: skip
     folder.require_new(out)
-    source = resolve(model)
+    source = resolve(model, allow_download=allow_download)
     loaded = load_model(source, quant=QuantConfig.model_validate({"format": format, "blocksize": blocksize, "double_quant": double_quant}))
     layers = len(list(surgery.modules_of(loaded, lambda _, module: isinstance(module, (QuantLinear, QuantExperts)))))
     errors = relative_errors(loaded, source)

@@ -87,7 +87,7 @@ def _from_hub(name: str, revision: str | None, allow_download: bool) -> Source:
     if not allow_download:
         raise ModelError(
             "a hub id is fetched only when that was asked for", code="E-MODEL-003", place=f"model {name!r}",
-            found="no such folder here, and downloads are off", remedy="set model.allow_download=true, or name a folder",
+            found="no such folder here, and downloads are off", remedy="add --allow-download (halfbyte train: model.allow_download=true), or name a folder",
         )  # fmt: skip
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
