@@ -71,7 +71,14 @@ class Merged:
 
 
 def merge_to_folder(
-    run: str | Path, out: Path, *, onto: str = "trained", dtype: str = "bfloat16", model: str | None = None, allow_download: bool = False
+    run: str | Path,
+    out: Path,
+    *,
+    onto: str = "trained",
+    dtype: str = "bfloat16",
+    model: str | None = None,
+    allow_download: bool = False,
+    force_base: bool = False,
 ) -> Merged:
     """Merge the adapter of a run or adapter folder and write the model to `out`.  Raises ConfigError, AdapterError, StorageError."""
     for name, value, legal in (("--onto", onto, BASES), ("--dtype", dtype, tuple(DTYPES))):
@@ -79,7 +86,8 @@ def merge_to_folder(
             raise ConfigError("this choice is not known", code="E-CONF-083", place=name, found=value, expected=", ".join(legal),
                               nothing_done="Nothing was merged.")  # fmt: skip
     folder.require_new(out)
-    opening: dict[str, Any] = {"base": model, "dtype": "float32" if dtype == "float32" else None, "allow_download": allow_download}
+    opening: dict[str, Any] = {"base": model, "allow_download": allow_download, "force_base": force_base}
+    opening["dtype"] = "float32" if dtype == "float32" else None
     opened = open_model(run, **opening)
     if opened.active is None:
         raise AdapterError(
@@ -97,6 +105,8 @@ def merge_to_folder(
     report = merge(opened.model)
     dequantized = write_out(opened.model)
     opened.model.to(DTYPES[dtype])  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+    if opened.template_path is not None:
+        opened.tokenizer.chat_template = opened.template.source
     save_dense(opened.model, opened.tokenizer, out)
     count, error, untied = report.count, report.rounding_error, report.untied
     base = opened.source.name

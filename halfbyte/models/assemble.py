@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.config.run import RunConfig
+from halfbyte.data.templates import from_tokenizer
 from halfbyte.lora.inject import Injected, inject, total_parameters
 from halfbyte.models.load import choose_dtype, load_model, load_tokenizer
 from halfbyte.models.packed_folder import settled
@@ -55,6 +56,8 @@ def assemble(config: RunConfig, *, for_training: bool = True) -> Assembled:
         attention=config.model.attention,
     )  # fmt: skip
     tokenizer = load_tokenizer(source)
+    if config.model.template is not None:  # what is written later carries the template it was trained with
+        tokenizer.chat_template = from_tokenizer(tokenizer, config.model.template).source
     if config.model.task == "sequence-classification":
         model.config.pad_token_id = tokenizer.pad_token_id
     injected = None if config.method == "full" else inject(model, config.lora, seed=config.train.seed, quant=quant)

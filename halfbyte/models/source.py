@@ -52,6 +52,11 @@ class Source:
     name: str
     digest: str
 
+    @property
+    def weights(self) -> str:
+        """Identity of the weights alone, which an adapter notes: another tokenizer file or template is not another base."""
+        return folder_digest(self.folder, (".safetensors",))
+
 
 def resolve(name: str, *, revision: str | None = None, allow_download: bool = False) -> Source:
     """The source for `name`; converts or fetches where needed.  Raises ModelError, EnvironmentFault or StorageError."""
@@ -87,7 +92,8 @@ def _from_hub(name: str, revision: str | None, allow_download: bool) -> Source:
     if not allow_download:
         raise ModelError(
             "a hub id is fetched only when that was asked for", code="E-MODEL-003", place=f"model {name!r}",
-            found="no such folder here, and downloads are off", remedy="add --allow-download (halfbyte train: model.allow_download=true), or name a folder",
+            found="no such folder here, and downloads are off",
+            remedy="add --allow-download (halfbyte train: model.allow_download=true), or name a folder",
         )  # fmt: skip
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -201,10 +207,10 @@ def file_digest(path: Path) -> str:
     return hashed.hexdigest()
 
 
-def folder_digest(folder: Path) -> str:
+def folder_digest(folder: Path, kinds: tuple[str, ...] = (".json", ".safetensors", ".jinja", ".model")) -> str:
     """sha256 over the names and `file_digest`s of config, tokenizer, template and weight files."""
     hashed = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in (".json", ".safetensors", ".jinja", ".model"):
+        if path.is_file() and path.suffix in kinds:
             hashed.update(f"{path.name}\0{file_digest(path)}\n".encode())
     return hashed.hexdigest()

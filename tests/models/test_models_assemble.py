@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from halfbyte.config.run import RunConfig
 from halfbyte.models.assemble import assemble, weight_bytes
+from halfbyte.models.save import save_dense
 from halfbyte.quant.linear import QuantLinear
 from tests.models.small_models import make_model, write_folder
 
@@ -65,3 +67,13 @@ def test_a_classifier_knows_its_pad_token(tmp_path: Path) -> None:
 def test_weight_bytes_counts_shared_storage_once() -> None:
     tied, untied = make_model(tie_word_embeddings=True), make_model()
     assert weight_bytes(untied) - weight_bytes(tied) == 320 * 64 * 4
+
+
+def test_a_template_of_the_users_own_goes_where_the_model_goes(tmp_path: Path) -> None:
+    """# T69  A folder written after training renders with the template it was trained with."""
+    write_folder(tmp_path / "base")
+    (tmp_path / "mine.jinja").write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    made = assemble(run_config(tmp_path / "base", "full", template=str(tmp_path / "mine.jinja")))
+    save_dense(made.model, made.tokenizer, tmp_path / "out")
+    rendered = AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert rendered == "[Hi]"

@@ -97,6 +97,11 @@ MUTANTS = [
         _TEST_GENERATE + "test_every_end_token_ends",
     ),
     Mutant(
+        "T69", "the user's own template is not carried along", "halfbyte/models/assemble.py",
+        "        tokenizer.chat_template = from_tokenizer(tokenizer, config.model.template).source\n", "        pass\n",
+        "tests/models/test_models_assemble.py::test_a_template_of_the_users_own_goes_where_the_model_goes",
+    ),
+    Mutant(
         "T69", "the chat template stays behind", _SAVE, "            tokenizer.save_pretrained(staging)\n",
         "            tokenizer.save_pretrained(staging)\n            (staging / \"chat_template.jinja\").unlink()\n",
         _TEST_SAVE + "test_end_tokens_and_template_come_along",
