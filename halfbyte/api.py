@@ -58,13 +58,17 @@ def load(
     dtype: str | None = None,
     revision: str | None = None,
     allow_download: bool = False,
+    force_base: bool = False,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """(model, tokenizer), both of transformers; `model` is a name, a folder, a GGUF file, a run folder or an adapter folder.
 
-    quant   nf4, fp4 or int8: packed tensor by tensor while loading; None as it lies there
+    quant       nf4, fp4 or int8: packed tensor by tensor while loading; None as it lies there
+    force_base  accept an adapter that was trained on other weights
     Raises ModelError, WeightError, AdapterError, EnvironmentFault.
     """
-    opened = open_model(model, quant=quant, adapter=adapter, dtype=dtype, revision=revision, allow_download=allow_download)
+    opened = open_model(
+        model, quant=quant, adapter=adapter, dtype=dtype, revision=revision, allow_download=allow_download, force_base=force_base
+    )
     return opened.model, opened.tokenizer
 
 
@@ -125,9 +129,10 @@ def evaluate(model: str | Path | Opened, data: str | Path, *, metrics: Sequence[
     """Loss, perplexity and counts of a model, run or adapter folder on rows; with `metrics` also scores of its own answers.
 
     metrics   any of exact_match, rouge1, rouge2, rougeL, bleu, chrf; a classifier gives accuracy and macro_f1 by itself
-    options   batch_size, max_new_tokens, max_rows, and those of `open_model`: adapter, quant, template, allow_download
+    options   batch_size, max_new_tokens, max_rows, and those of `open_model`: adapter, quant, template, allow_download, force_base
     """
-    opening = {name: options.pop(name) for name in ("adapter", "quant", "template", "allow_download") if name in options}
+    names = ("adapter", "quant", "template", "allow_download", "force_base")
+    opening = {name: options.pop(name) for name in names if name in options}
     opened = model if isinstance(model, Opened) else open_model(model, **opening)
     return evaluate_rows(opened, data, metrics=metrics, **options)
 
@@ -140,10 +145,12 @@ def generate(
     adapter: str | Path | None = None,
     quant: str | None = None,
     allow_download: bool = False,
+    force_base: bool = False,
     **options: Any,
 ) -> str | list[str]:
     """The answer to a prompt, or one for each of several; options: max_new_tokens, temperature, top_p, seed, raw."""
-    return _answer(open_model(model, adapter=adapter, quant=quant, allow_download=allow_download), prompt, system, options)
+    opened = open_model(model, adapter=adapter, quant=quant, allow_download=allow_download, force_base=force_base)
+    return _answer(opened, prompt, system, options)
 
 
 def merge(
@@ -154,9 +161,10 @@ def merge(
     dtype: str = "bfloat16",
     model: str | None = None,
     allow_download: bool = False,
+    force_base: bool = False,
 ) -> Merged:
     """Fold the adapter of a run or adapter folder into its base and write an ordinary model folder; see export/merged.py."""
-    return merge_to_folder(run, Path(out), onto=onto, dtype=dtype, model=model, allow_download=allow_download)
+    return merge_to_folder(run, Path(out), onto=onto, dtype=dtype, model=model, allow_download=allow_download, force_base=force_base)
 
 
 def quantize(

@@ -54,14 +54,20 @@ def load_adapter(
     `base_digest` is compared with the one the folder notes, if it does; `allow_other_base` accepts a difference.
     """
     adapter = peft.read(Path(folder), allow_untrained=allow_untrained)
-    if base_digest and adapter.base_digest and base_digest != adapter.base_digest and not allow_other_base:
+    if not allow_other_base:
+        require_base(model, adapter, folder, base_digest)
+    return put_in(model, adapter, folder)
+
+
+def require_base(model: nn.Module, adapter: peft.PeftAdapter, folder: Path | str, base_digest: str | None) -> None:
+    """AdapterError unless the digest of the base that the folder notes is `base_digest`; unknown digests pass."""
+    if base_digest and adapter.base_digest and base_digest != adapter.base_digest:
         raise AdapterError(
             "an adapter belongs to the base it was trained on", code="E-ADAPT-060", place=str(folder),
             found=f"trained on {adapter.base_name} ({adapter.base_digest[:12]}), this is {own_name(model)} ({base_digest[:12]})",
             expected="the same weights", remedy="load that base, or say that the other base is meant (--force-base)",
             nothing_done="Nothing was loaded.",
         )  # fmt: skip
-    return put_in(model, adapter, folder)
 
 
 def put_in(model: nn.Module, adapter: peft.PeftAdapter, folder: Path | str) -> Injected:

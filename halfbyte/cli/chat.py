@@ -43,9 +43,9 @@ class Talk:
 
     def message(self, text: str) -> None:
         """Answer one message of the user."""
-        self.turns.append({"role": "user", "content": text})
-        answer = self.opened.reply(self.messages(), stream=self.stream, **self.options)
-        self.turns.append({"role": "assistant", "content": answer})
+        asked = {"role": "user", "content": text}
+        answer = self.opened.reply([*self.messages(), asked], stream=self.stream, **self.options)
+        self.turns += [asked, {"role": "assistant", "content": answer}]  # a message that got no answer is not part of the talk
         self.say("")
 
     def command(self, line: str) -> bool:
@@ -153,11 +153,12 @@ def chat(
     top_p: Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens that make up this share.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
     allow_download: Annotated[bool, typer.Option("--allow-download", help="Fetch a Hub id that is not here yet.")] = False,
+    force_base: Annotated[bool, typer.Option("--force-base", help="Accept an adapter that was trained on other weights.")] = False,
 ) -> None:
     """Talk with a model; /help lists the commands."""
     from halfbyte import api, redact
 
-    opened = api.open_model(model, quant=quant, allow_download=allow_download)
+    opened = api.open_model(model, quant=quant, allow_download=allow_download, force_base=force_base)
     for folder in adapter or []:
         opened.add(folder)
     at_terminal = sys.stdin.isatty()

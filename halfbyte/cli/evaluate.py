@@ -27,6 +27,7 @@ def evaluate(
         str | None, typer.Option("--template", metavar="FILE.jinja", help="A chat template instead of the model's own.")
     ] = None,
     allow_download: Annotated[bool, typer.Option("--allow-download", help="Fetch a Hub id that is not here yet.")] = False,
+    force_base: Annotated[bool, typer.Option("--force-base", help="Accept an adapter that was trained on other weights.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
 ) -> None:
     """Held-out loss and perplexity of a model on rows; a line `loss X` and, by choice, scores of its own answers."""
@@ -44,6 +45,7 @@ def evaluate(
         max_rows=max_rows,
         template=template,
         allow_download=allow_download,
+        force_base=force_base,
     )
     if as_json:
         typer.echo(json.dumps(result))

@@ -23,6 +23,7 @@ def generate(
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat template.")] = False,
     allow_download: Annotated[bool, typer.Option("--allow-download", help="Fetch a Hub id that is not here yet.")] = False,
+    force_base: Annotated[bool, typer.Option("--force-base", help="Accept an adapter that was trained on other weights.")] = False,
 ) -> None:
     """Answer prompts, each on its own; answers go to standard output, separated by a line of dashes."""
     from halfbyte import api, redact
@@ -37,7 +38,8 @@ def generate(
             remedy='halfbyte generate MODEL "your prompt"',
             nothing_done="Nothing was generated.",
         )
-    answers = api.open_model(model, adapter=adapter, quant=quant, allow_download=allow_download).answer(
+    opened = api.open_model(model, adapter=adapter, quant=quant, allow_download=allow_download, force_base=force_base)
+    answers = opened.answer(
         wanted, system=system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, raw=raw
     )
     typer.echo(f"\n{'-' * 40}\n".join(redact.terminal(answer) for answer in answers))

@@ -21,6 +21,7 @@ def merge(
     dtype: Annotated[str, typer.Option("--dtype", metavar="bfloat16|float16|float32", help="Type of the written weights.")] = "bfloat16",
     model: Annotated[str | None, typer.Option("--model", metavar="M", help="The base, where the folder names none at hand.")] = None,
     allow_download: Annotated[bool, typer.Option("--allow-download", help="Fetch a Hub id that is not here yet.")] = False,
+    force_base: Annotated[bool, typer.Option("--force-base", help="Accept an adapter that was trained on other weights.")] = False,
 ) -> None:
     """Fold an adapter into its base and write a model that any program can load; never quantized again.
 
@@ -28,4 +29,5 @@ def merge(
     """
     from halfbyte import api
 
-    typer.echo(api.merge(run, out, onto=onto, dtype=dtype, model=model, allow_download=allow_download).text())
+    done = api.merge(run, out, onto=onto, dtype=dtype, model=model, allow_download=allow_download, force_base=force_base)
+    typer.echo(done.text())

@@ -90,12 +90,18 @@ class Opened:
     """A loaded model with its tokenizer, its chat template and its adapters."""
 
     def __init__(
-        self, located: Located, source: Source, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", template: str | None
+        self,
+        located: Located,
+        source: Source,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        template: str | None,
+        force_base: bool = False,
     ) -> None:
         self.located, self.source, self.model, self.tokenizer = located, source, model, tokenizer
         self.template_path = template
         self._template: Template | None = None
-        self.store = AdapterStore(model)
+        self.store = AdapterStore(model, base_digest=source.weights, allow_other_base=force_base)
         self.folders: dict[Path, str] = {}
 
     @property
@@ -174,11 +180,13 @@ def open_model(
     template: str | None = None,
     revision: str | None = None,
     allow_download: bool = False,
+    force_base: bool = False,
 ) -> Opened:
     """Open a model, run or adapter folder; see the table of this module.
 
-    adapter  an adapter folder on top, in place of the one the path brings
-    quant    storage of the base: nf4, fp4, int8 or none; a run keeps the one it was trained with
+    adapter     an adapter folder on top, in place of the one the path brings
+    quant       storage of the base: nf4, fp4, int8 or none; a run keeps the one it was trained with
+    force_base  put an adapter also on a base with other weights than the one it was trained on
     """
     located = locate(name, base=base)
     if adapter is not None:
@@ -195,7 +203,8 @@ def open_model(
         task=config.model.task if config else task_of_folder(source),
         labels=config.model.labels if config else (),
     )
-    opened = Opened(located, source, model, load_tokenizer(source), template or (config.model.template if config else None))
+    template = template or (config.model.template if config else None)
+    opened = Opened(located, source, model, load_tokenizer(source), template, force_base)
     if located.adapter is not None:
         opened.activate(opened.add(located.adapter))
     return opened

@@ -208,7 +208,7 @@ def file_digest(path: Path) -> str:
 
 
 def folder_digest(folder: Path, kinds: tuple[str, ...] = (".json", ".safetensors", ".jinja", ".model")) -> str:
-    """sha256 over the names and `file_digest`s of config, tokenizer, template and weight files."""
+    """sha256 over the names and `file_digest`s of the files of these `kinds`: config, tokenizer, template and weights."""
     hashed = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix in kinds:

@@ -84,7 +84,7 @@ def assembled(model: nn.Module, name: str = "tiny") -> Assembled:
     if injected is None:
         model.requires_grad_(True)
     trained = sum(parameter.numel() for _, parameter in trainable(model))
-    source = SimpleNamespace(name=name, digest="digest-of-" + name, kind="folder", folder=Path("nowhere"))
+    source = SimpleNamespace(name=name, digest="digest-of-" + name, weights="weights-of-" + name, kind="folder", folder=Path("nowhere"))
     return Assembled(model, NumberTokenizer(), source, injected, trained, total_parameters(model), weight_bytes(model))  # type: ignore[arg-type]
 
 
