@@ -53,7 +53,7 @@ class Manifest:
 def storage_error(error: OSError, place: Path) -> StorageError:
     """The OSError of a failed save as a StorageError; the caller raises it from the OSError."""
     return StorageError(
-        "a checkpoint must reach the disk", code="E-STORE-001", place=str(place),
+        "the files of a run must be readable and writable", code="E-STORE-001", place=str(place),
         found=f"{error.strerror or error} ({error.filename or 'no file named'})",
         remedy="free space, restore access to the folder, or choose another --out; the checkpoints already there are untouched",
     )
