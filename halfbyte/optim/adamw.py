@@ -70,10 +70,11 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """One update of every parameter that has a gradient; what the closure returned, None without one."""
+        loss = None
         if closure is not None:
             with torch.enable_grad():
-                closure()
+                loss = closure()
         for group in self.param_groups:
             plain: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
             for parameter in group["params"]:
@@ -86,7 +87,7 @@ class AdamW(torch.optim.Optimizer):
                 else:
                     plain.append((parameter, parameter.grad, state))
             _update_float32(plain, group)
-        return None
+        return loss
 
     def allocate(self) -> None:
         """Make all state now, so that a lack of memory shows before the first update and not in its middle."""
@@ -147,14 +148,20 @@ class AdamW(torch.optim.Optimizer):
 
 
 def _update_float32(members: list[tuple[Tensor, Tensor, dict[str, Tensor]]], group: dict[str, Any]) -> None:
-    """PyTorch's fused AdamW: one pass over memory instead of about ten."""
+    """PyTorch's fused AdamW: one pass over memory instead of about ten.
+
+    It counts the step on the parameters' device; ours is counted on the CPU, where reading it waits for no device.
+    """
     if members:
         beta1, beta2 = group["betas"]
+        steps = [state["step"].to(values.device, copy=True) for values, _, state in members]
         adamw(
             [values for values, _, _ in members], [gradient for _, gradient, _ in members], [state["m"] for _, _, state in members],
-            [state["v"] for _, _, state in members], [], [state["step"] for _, _, state in members], fused=True, amsgrad=False,
+            [state["v"] for _, _, state in members], [], steps, fused=True, amsgrad=False,
             beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )
+        for _, _, state in members:
+            state["step"] += 1
 
 
 def _update_int8(values: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:

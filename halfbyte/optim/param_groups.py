@@ -24,11 +24,12 @@ ORDER = ("matrices", "lora_b", "vectors", "embeddings")
 
 def label_of(model: nn.Module, name: str, parameter: nn.Parameter) -> str:
     """The group a trainable parameter belongs to."""
-    owner_name, _, last = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    if isinstance(owner, nn.Embedding) or isinstance(getattr(owner, "base", None), nn.Embedding):
+    *path, last = name.split(".")
+    owners = [model.get_submodule(".".join(path[:depth])) for depth in range(1, len(path) + 1)]
+    # a table, or what stands around one: an adapter, or the trained copy of its values, which lies a level deeper
+    if any(isinstance(getattr(owner, "base", owner), nn.Embedding) for owner in owners):
         return "embeddings"
-    if last.startswith("lora_b") and parameter.ndim > 1:
+    if last == "lora_b":
         return "lora_b"
     return "vectors" if parameter.ndim <= 1 else "matrices"
 

@@ -134,6 +134,19 @@ def test_float64_parameters_are_updated_in_float64() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-14)
 
 
+def test_a_closure_is_run_with_gradients_and_its_loss_returned() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = AdamW([parameter], lr=0.5)
+
+    def closure() -> float:
+        loss = parameter.square().sum()
+        loss.backward()
+        return float(loss)
+
+    assert optimizer.step(closure) == 3.0
+    assert optimizer.step() is None and bool((parameter < 1).all())
+
+
 def test_decay_is_decoupled_with_either_state() -> None:
     """T43: without a gradient a weight shrinks by exactly lr * wd, whatever keeps the moments."""
     for state in ("float32", "int8"):

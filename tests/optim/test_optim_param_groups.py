@@ -6,6 +6,7 @@ from torch import nn
 
 from halfbyte.config.optim import OptimConfig
 from halfbyte.errors import ConfigError
+from halfbyte.lora.trained import TrainedParts
 from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.param_groups import describe, groups, set_rate
 
@@ -22,7 +23,8 @@ class Adapter(nn.Module):
 
 def model() -> nn.Module:
     table, layer = Adapter(nn.Embedding(4, 4)), Adapter(nn.Linear(4, 4))
-    return nn.ModuleDict({"table": table, "layer": layer, "whole": nn.Embedding(3, 4), "norm": nn.LayerNorm(4)})
+    copied = TrainedParts(nn.Embedding(3, 4).requires_grad_(False), ("weight",))
+    return nn.ModuleDict({"table": table, "layer": layer, "whole": nn.Embedding(3, 4), "copied": copied, "norm": nn.LayerNorm(4)})
 
 
 def by_label(config: OptimConfig, lr: float = 1e-3) -> dict[str, dict]:
@@ -33,7 +35,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group() -> None:
     found = {label: sorted(name for name, _ in group["params"]) for label, group in by_label(OptimConfig()).items()}
     assert found == {
         "matrices": ["layer.lora_a"], "lora_b": ["layer.lora_b"], "vectors": ["layer.magnitude", "norm.bias", "norm.weight"],
-        "embeddings": ["table.lora_a", "table.lora_b", "table.magnitude", "whole.weight"],
+        "embeddings": ["copied.parts.0", "table.lora_a", "table.lora_b", "table.magnitude", "whole.weight"],
     }
 
 
