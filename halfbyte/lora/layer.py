@@ -96,8 +96,8 @@ class LoraLinear(nn.Module):
         h = F.dropout(x, self.dropout) if dropping else x
         lora_a, lora_b = self.factors()
         if self.magnitude is None and self.lora_bias is None and y.dtype == x.dtype:
-            low_TR = F.linear(h, lora_a.to(y.dtype)).flatten(0, -2)
-            return torch.addmm(y.flatten(0, -2), low_TR, lora_b.to(y.dtype).T, alpha=self.scaling).view_as(y)
+            low_TR = F.linear(h, lora_a.to(y.dtype)).reshape(-1, lora_a.shape[0])
+            return torch.addmm(y.reshape(-1, self.out_features), low_TR, lora_b.to(y.dtype).T, alpha=self.scaling).view_as(y)
         update = F.linear(F.linear(h.to(lora_a.dtype), lora_a), lora_b, self.lora_bias) * self.scaling
         if self.magnitude is None:
             return (y + update).to(y.dtype)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.config.lora import LoraConfig
+from halfbyte.config.quant import LoftqBase
 from halfbyte.errors import AdapterError
 from halfbyte.lora.embedding import LoraEmbedding
 from halfbyte.lora.inject import WRAPPERS, config_of, trained_parts, updates
@@ -25,6 +26,7 @@ from halfbyte.lora.layer import LoraLinear
 from halfbyte.lora.targets import condensed
 from halfbyte.quant.dense import is_conv1d
 from halfbyte.quant.experts import expert_shapes
+from halfbyte.quant.linear import QuantLinear
 
 PARTS = ("lora_a", "lora_b", "lora_bias", "magnitude", "start_a", "start_b")
 
@@ -44,6 +46,7 @@ class Collected:
     targets     the shortest endings that mean exactly these modules
     parameters  the same for fused expert parameters
     notes       what a reader of the file must know besides
+    loftq       how init loftq quantized the base; None where the adapter began otherwise
     """
 
     tensors: dict[str, Tensor]
@@ -52,6 +55,7 @@ class Collected:
     targets: tuple[str, ...]
     parameters: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    loftq: LoftqBase | None = None
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -115,11 +119,6 @@ def refuse_non_finite(name: str, tensor: Tensor) -> None:
         )  # fmt: skip
 
 
-def without_gradient(model: nn.Module) -> list[str]:
-    """Names of trained adapter tensors that got no gradient in the last backward: each is a part that would never learn."""
-    return [name for name, tensor in live_tensors(model).items() if isinstance(tensor, nn.Parameter) and tensor.grad is None]
-
-
 def collected(model: nn.Module) -> Collected:
     """The adapter of the model as plain factors with the facts a file needs."""
     config, layers = config_of(model), updates(model)
@@ -146,7 +145,20 @@ def collected(model: nn.Module) -> Collected:
     plain = plain.model_copy(update={"fully_trained": whole})
     notes = (LOFTQ_NOTE,) if config.init == "loftq" else ()
     targets, parameters = condensed(modules, base_names(model)), condensed(fused, fused_names(model), parts=2)
-    return Collected(tensors, plain, kinds, tuple(targets), tuple(parameters), notes)
+    return Collected(tensors, plain, kinds, tuple(targets), tuple(parameters), notes, loftq_base(model))
+
+
+def loftq_base(model: nn.Module) -> LoftqBase | None:
+    """How init loftq quantized the layers that carry the model's adapter; None where it began otherwise."""
+    config = config_of(model)
+    bases = [layer.frozen_base for layer in updates(model).values() if isinstance(layer, LoraLinear)]
+    packed = next((base for base in bases if isinstance(base, QuantLinear)), None)
+    if config.init != "loftq" or packed is None:
+        return None
+    return LoftqBase.model_validate({
+        "format": packed.format, "blocksize": packed.blocksize, "double_quant": packed.absmax2 is not None,
+        "iterations": config.loftq_iterations, "dtype": str(packed.dtype).removeprefix("torch."),
+    })  # fmt: skip
 
 
 def kind_of(layer: nn.Module) -> str:
