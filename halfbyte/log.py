@@ -6,7 +6,14 @@ Text goes to standard error, so that what a command answers on standard output c
 import logging
 import sys
 
-from halfbyte import env
+from halfbyte import env, redact
+
+
+class _Clean(logging.Formatter):
+    """The message without what looks like a secret and without escape sequences."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact.terminal(redact.secrets(super().format(record)))
 
 
 def logger() -> logging.Logger:
@@ -14,7 +21,7 @@ def logger() -> logging.Logger:
     found = logging.getLogger("halfbyte")
     if not found.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_Clean("%(message)s"))
         found.addHandler(handler)
         found.propagate = False
         found.setLevel(logging.INFO if env.rank() == 0 else logging.ERROR)

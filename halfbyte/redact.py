@@ -9,13 +9,17 @@ What this is not: a proof that no secret is left.  A password without a name bes
 
 import re
 
-BLANK = "[hidden]"
+BLANK = "<hidden>"
 _TOKENS = re.compile(
     r"\b(?:hf_[A-Za-z0-9_]{6,}|sk-[A-Za-z0-9_-]{12,}|gh[pousr]_[A-Za-z0-9]{12,}|github_pat_[A-Za-z0-9_]{12,}|glpat-[A-Za-z0-9_-]{12,}"
     r"|xox[abprs]-[A-Za-z0-9-]{10,}|AKIA[0-9A-Z]{16}|AIza[0-9A-Za-z_-]{30,}|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*)"
 )
 _IN_URL = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
-_NAMED = re.compile(r"((?:api[_-]?key|access[_-]?key|token|secret|password|passwd)[\"']?\s*[=:]\s*[\"']?)([^\s\"'&,;}]{6,})", re.IGNORECASE)
+_NAMED = re.compile(
+    r"((?:api[_-]?key|access[_-]?key|secret|password|passwd)[\"']?\s*[=:]\s*[\"']?)([^\s\"'&,;}]{6,})"
+    r"|(token[\"']?\s*[=:]\s*[\"']?)((?=[^\s\"'&]*\d)[\w./+-]{8,})",
+    re.IGNORECASE,
+)
 _ESCAPES = re.compile(
     r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[P^_X][^\x1b]*(?:\x1b\\)?|\x1b\[[0-?]*[ -/]*[@-~]|\x1b.|\x9b[0-?]*[ -/]*[@-~]"
 )
@@ -26,9 +30,9 @@ def secrets(text: str) -> str:
     """`text` with everything that looks like a secret replaced.
 
     >>> secrets("cloned https://me:pass1234@host/x with HF_TOKEN=hf_abcdefgh")
-    'cloned https://[hidden]@host/x with HF_TOKEN=[hidden]'
+    'cloned https://<hidden>@host/x with HF_TOKEN=<hidden>'
     """
-    return _NAMED.sub(rf"\1{BLANK}", _IN_URL.sub(BLANK, _TOKENS.sub(BLANK, text)))
+    return _NAMED.sub(lambda found: (found[1] or found[3]) + BLANK, _IN_URL.sub(BLANK, _TOKENS.sub(BLANK, text)))
 
 
 def terminal(text: str) -> str:

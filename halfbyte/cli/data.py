@@ -38,11 +38,11 @@ def check(file: _FILE, settings: _SETTINGS = None, model: _MODEL = "starter", te
 
     Reads the whole file as training would; exit code 2 and one block with every problem when it cannot be trained on.
     """
-    from halfbyte import redact
+    from halfbyte.cli.terminal import say
 
     data, _ = _load(file, settings, model, template)
-    typer.echo(redact.terminal("\n".join(f"{label + ':':<13}{text}" for label, text in _summary(data))))
-    typer.echo(f"fit to train on; look at the tokens with: halfbyte data show {file}")
+    say("\n".join(f"{label + ':':<13}{text}" for label, text in _summary(data)))
+    say(f"fit to train on; look at the tokens with: halfbyte data show {file}")
 
 
 def _summary(data: "TrainData") -> list[tuple[str, str]]:
@@ -77,12 +77,12 @@ def show(
 
     Where there is no colour, trained text stands between [[ and ]].
     """
-    from halfbyte.cli.terminal import marked
+    from halfbyte.cli.terminal import marked, say
     from halfbyte.data.show import segments
 
     data, tokenizer = _load(file, settings, model, template)
     examples = sorted([*data.train, *data.eval], key=lambda example: example.row)
     for example in examples[:rows]:
         label = "" if example.label is None else f", label {data.labels[example.label]}"
-        typer.echo(f"--- {example.place}: {len(example.input_ids)} tokens{label}")
+        say(f"--- {example.place}: {len(example.input_ids)} tokens{label}")
         typer.echo(marked(segments(example, tokenizer)))

@@ -12,10 +12,11 @@ def doctor(
 ) -> None:
     """Say what this machine has, which implementation of each op serves and why, and what is missing for the rest."""
     from halfbyte.cli.checkup import machine_text, model_text, ops_text
+    from halfbyte.cli.terminal import say
 
-    typer.echo(machine_text())
-    typer.echo("")
-    typer.echo(ops_text())
+    say(machine_text())
+    say("")
+    say(ops_text())
     if model is not None:
-        typer.echo("")
-        typer.echo(model_text(model))
+        say("")
+        say(model_text(model))

@@ -28,6 +28,7 @@ def merge(
     Prints the largest difference between the logits of the merged and the unmerged model on real prompts.
     """
     from halfbyte import api
+    from halfbyte.cli.terminal import say
 
     done = api.merge(run, out, onto=onto, dtype=dtype, model=model, allow_download=allow_download, force_base=force_base)
-    typer.echo(done.text())
+    say(done.text())

@@ -16,6 +16,7 @@ def quantize(
 ) -> None:
     """Write a quantized copy of a model, with its size and the error made; loads here and in transformers with bitsandbytes."""
     from halfbyte import api
+    from halfbyte.cli.terminal import say
 
     made = api.quantize(model, out, format=format, blocksize=blocksize, double_quant=double_quant, allow_download=allow_download)
-    typer.echo(made.text())
+    say(made.text())

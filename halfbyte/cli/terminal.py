@@ -18,6 +18,11 @@ def colour() -> bool:
     return sys.stdout.isatty() and not env.no_color()
 
 
+def say(text: str) -> None:
+    """Print text that names files and models: no secrets, no escape sequences."""
+    print(redact.terminal(redact.secrets(text)), flush=True)
+
+
 def marked(pieces: Iterable[tuple[str, bool]]) -> str:
     """Text pieces as one text, trained ones coloured, or between [[ and ]] without colour."""
     start, end = (_TRAINED, _PLAIN) if colour() else ("[[", "]]")

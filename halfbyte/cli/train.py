@@ -51,6 +51,7 @@ def train(
     These two are the same: `halfbyte train run.yaml lora.rank=32`, with model, data, method and out in the file, and
     `halfbyte train --model M --data F --method qlora --out DIR lora.rank=32`.
     """
+    from halfbyte.cli.terminal import say
     from halfbyte.config import load_config, to_yaml
 
     path, overrides = split_settings(settings or [])
@@ -62,9 +63,9 @@ def train(
         path = path / "config.yaml"
     config = load_config(path, overrides, flags)
     if dry_run:
-        typer.echo(to_yaml(config), nl=False)
+        say(to_yaml(config).rstrip())
         return
     from halfbyte import api
 
     run = api.train_config(config, resume=resume)
-    typer.echo(run.closing_text())
+    say(run.closing_text())

@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = {
     "train.global_batch_size": 16, "train.eval_every_steps": STEPS // 2, "train.save_every_steps": STEPS // 2, "train.sample_prompts": 0,
 }  # fmt: skip
 LONGEST_ANSWER = 24  # tokens; the longest right answer has 19 with its end token
-ROWS_AT_ONCE = 40
+ROWS_AT_ONCE = 120
 SHOWN = 8
 
 

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 from halfbyte import devices
 from halfbyte.optim.param_groups import describe
-from halfbyte.train.identity import flatten
+from halfbyte.redact import secrets, terminal
+from halfbyte.train.identity import flatten, without_secrets
 from halfbyte.train.metrics import Header
 from halfbyte.units import bytes_text, count_text, percent_text
 
@@ -33,6 +34,6 @@ def header_of(training: "Training") -> Header:
     if training.progress.step:
         lines.append(("resumes", f"after step {training.progress.step}"))
     return Header(
-        lines=[(label, part) for label, text in lines for part in text.splitlines()], total_steps=training.total_steps,
-        first_step=training.progress.step, settings=flatten(config.model_dump(mode="json")),
+        lines=[(label, terminal(secrets(part))) for label, text in lines for part in text.splitlines()], total_steps=training.total_steps,
+        first_step=training.progress.step, settings=without_secrets(flatten(config.model_dump(mode="json"))),
     )

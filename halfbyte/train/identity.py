@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from halfbyte.errors import CheckpointError
+from halfbyte.redact import secrets
 
 FREE_TO_CHANGE = frozenset({
     "out", "model.name", "model.revision", "model.allow_download", "data.path", "data.eval_path", "data.workers",
@@ -40,8 +41,13 @@ def identity_of(config: Dumpable, *, base: str, tokenizer: str, template: str, d
     """
     return {
         "base": base, "tokenizer": tokenizer, "template": template, "data": data, "eval_data": eval_data,
-        "config": flatten(config.model_dump(mode="json")),
+        "config": without_secrets(flatten(config.model_dump(mode="json"))),
     }
+
+
+def without_secrets(settings: Mapping[str, object]) -> dict[str, object]:
+    """Flat settings with whatever looks like a secret in a text blanked: what may be written and shown."""
+    return {key: secrets(value) if isinstance(value, str) else value for key, value in settings.items()}
 
 
 def text_digest(text: str | None) -> str:

@@ -233,3 +233,37 @@ def test_an_adapter_is_not_fetched_from_where_it_says(
     assert command(["generate", str(folder), "hi"]) == 2
     assert "someone/some-model" in capsys.readouterr().err
     assert command(["generate", str(tiny_folder), "hi", "--adapter", str(folder), "--max-new-tokens", "2"]) == 0
+
+
+def test_no_output_holds_a_secret(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, cli: Callable[..., object], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A key in the environment, in the data's path and in a setting: nothing that is printed or written shows it."""
+    canary = "hf_CANARYcanary0123456789"
+    rows = tmp_path / canary / "rows.jsonl"
+    rows.parent.mkdir()
+    shutil.copy(rows_file, rows)
+    words = [
+        "train",
+        "--model",
+        tiny_folder,
+        "--data",
+        rows,
+        "--out",
+        tmp_path / "run",
+        "train.max_steps=2",
+        "train.threads=1",
+        "lora.rank=4",
+    ]
+    done = cli(*words, HF_TOKEN=canary, WANDB_API_KEY=canary)
+    shown = done.stdout + done.stderr  # type: ignore[attr-defined]
+    for words in (["data", "check", rows, "--model", tiny_folder], ["eval", tmp_path / "run", "--data", rows.with_name("absent.jsonl")]):
+        command([str(word) for word in words])
+    command(["train", "--data", str(rows), "--out", str(tmp_path / "x"), "--dry-run"])
+    command(["train", "--resume", str(tmp_path / "run"), f"data={rows}", "train.max_steps=3"])
+    captured = capfd.readouterr()
+    assert "rows.jsonl" in captured.out + captured.err
+    assert canary not in shown + captured.out + captured.err
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert [path.name for path in files if canary.encode() in path.read_bytes()] == []
