@@ -90,9 +90,12 @@ def SaveAdapter(folder: str | Path) -> "TrainerCallback":
     return trainer_callback.SaveAdapter(folder, save_adapter)
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> Injected:
-    """Put the adapter of a PEFT folder into a model that has none.  Raises AdapterError where they do not fit; nothing is changed then."""
-    return adapter_folder.load_adapter(model, folder)
+def load_adapter(model: nn.Module, folder: str | Path, *, force_base: bool = False) -> Injected:
+    """Put the adapter of a PEFT folder into a model that has none.  Raises AdapterError where they do not fit; nothing is changed then.
+
+    An adapter that began with init loftq wants the dense model and quantizes it as then; force_base takes one that is packed.
+    """
+    return adapter_folder.load_adapter(model, folder, allow_other_base=force_base)
 
 
 def train(

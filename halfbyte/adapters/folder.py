@@ -15,6 +15,7 @@ from halfbyte.formats import peft
 from halfbyte.lora.inject import Injected, eject, frozen_base, inject, trained_parts, updates
 from halfbyte.lora.targets import candidates, classifier_head, output_embedding
 from halfbyte.lora.tensors import collected, compare_names, live_tensors, load_adapter_tensors
+from halfbyte.quant.linear import QuantLinear
 
 
 def save_adapter(
@@ -29,7 +30,7 @@ def save_adapter(
     return peft.save(
         Path(folder), parts.tensors, parts.config, kinds=parts.kinds, targets=parts.targets, parameters=parts.parameters,
         task=task_of(model), base_name=base_name or own_name(model), base_digest=base_digest,
-        notes=parts.notes, allow_untrained=allow_untrained,
+        notes=parts.notes, loftq=parts.loftq, allow_untrained=allow_untrained,
     )  # fmt: skip
 
 
@@ -52,11 +53,43 @@ def load_adapter(
     """Put the adapter of a PEFT folder into the model.  AdapterError if it is not one for this model; the model is then untouched.
 
     `base_digest` is compared with the one the folder notes, if it does; `allow_other_base` accepts a difference.
+    The base of an adapter that began with init loftq is quantized as it was then, and stays so.
     """
     adapter = peft.read(Path(folder), allow_untrained=allow_untrained)
     if not allow_other_base:
         require_base(model, adapter, folder, base_digest)
+    if adapter.loftq is not None:
+        require_fit(model, adapter, folder)
+        if all(isinstance(model.get_submodule(name), QuantLinear) for name in adapter.kinds):
+            if not allow_other_base:
+                raise other_start(adapter, folder)
+        else:
+            rebuild_base(model, adapter)
     return put_in(model, adapter, folder)
+
+
+def rebuild_base(model: nn.Module, adapter: peft.PeftAdapter) -> None:
+    """Quantize the adapter's layers of a dense model as init loftq did when the adapter began; no adapter is left in the model."""
+    assert adapter.loftq is not None
+    inject(model, adapter.config, quant=adapter.loftq.quant)
+    eject(model)
+
+
+def start_of(adapter: peft.PeftAdapter) -> tuple[object, ...] | None:
+    """All that decides the base which init loftq makes of a dense one; None where the adapter began otherwise."""
+    config = adapter.config
+    return None if adapter.loftq is None else (adapter.loftq, sorted(adapter.kinds), config.rank, sorted(config.ranks.items()))
+
+
+def other_start(adapter: peft.PeftAdapter, folder: Path | str) -> AdapterError:
+    """The error for an adapter of init loftq on a base that was not quantized for it."""
+    assert adapter.loftq is not None
+    return AdapterError(
+        "an adapter of init loftq belongs to the base that loftq quantized for it", code="E-ADAPT-065", place=str(folder),
+        found="a base in another storage", expected=f"the base quantized in {adapter.loftq.iterations} rounds to {adapter.loftq.format}",
+        remedy="open the run or the adapter folder itself, without --quant, or say that the other base is meant (--force-base)",
+        nothing_done="Nothing was loaded.",
+    )  # fmt: skip
 
 
 def require_base(model: nn.Module, adapter: peft.PeftAdapter, folder: Path | str, base_digest: str | None) -> None:
@@ -73,7 +106,7 @@ def require_base(model: nn.Module, adapter: peft.PeftAdapter, folder: Path | str
 def put_in(model: nn.Module, adapter: peft.PeftAdapter, folder: Path | str) -> Injected:
     """Inject a checked adapter and give it its values; on AdapterError the model is as it was."""
     require_fit(model, adapter, folder)
-    done = inject(model, adapter.config)
+    done = inject(model, adapter.config, start=False)
     try:
         if set(done.names) != set(adapter.kinds):
             raise AdapterError("an adapter must fit module by module", code="E-ADAPT-061", place=str(folder),

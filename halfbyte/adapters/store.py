@@ -23,7 +23,7 @@ from pathlib import Path
 
 from torch import nn
 
-from halfbyte.adapters.folder import put_in, require_base, require_fit
+from halfbyte.adapters.folder import other_start, put_in, require_base, require_fit, start_of
 from halfbyte.errors import AdapterError, nearest
 from halfbyte.formats.peft import PeftAdapter, read
 from halfbyte.lora.inject import eject, trained_parts, updates
@@ -44,14 +44,17 @@ class AdapterStore:
     """The adapters of one model.  The model must carry none when it is handed over.
 
     base_digest        of the model's weights; an adapter that notes another is refused, unless `allow_other_base`
+    start              what init loftq made of the base (see folder.start_of); None for a base as it was loaded
     """
 
-    def __init__(self, model: nn.Module, *, base_digest: str | None = None, allow_other_base: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, *, base_digest: str | None = None, start: tuple[object, ...] | None = None, allow_other_base: bool = False
+    ) -> None:
         if updates(model) or trained_parts(model):
             raise AdapterError("a store starts from a base without an adapter", code="E-ADAPT-070", found="a model with an adapter",
                                remedy="eject it first")  # fmt: skip
         self.model = model
-        self._base_digest = None if allow_other_base else base_digest
+        self._base_digest, self._start, self._allow_other_base = base_digest, start, allow_other_base
         self._held: dict[str, Held] = {}
         self._active: str | None = None
         self._merged: MergeReport | None = None
@@ -139,7 +142,10 @@ class AdapterStore:
 
     def _read(self, folder: Path) -> Held:
         adapter = read(folder)
-        require_base(self.model, adapter, folder, self._base_digest)
+        if not self._allow_other_base:
+            require_base(self.model, adapter, folder, self._base_digest)
+            if start_of(adapter) not in (None, self._start):
+                raise other_start(adapter, folder)
         if self._active is None:
             require_fit(self.model, adapter, folder)
         return Held(adapter, folder)

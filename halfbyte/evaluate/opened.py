@@ -8,26 +8,34 @@
 | any other adapter folder            | `base`, or the base it names if that is here | that folder      |
 | anything else                       | a model: starter, folder, GGUF file, Hub id  | none             |
 
-The base an adapter names is never fetched.
+The base an adapter names is never fetched.  Under an adapter that began with init loftq the base is quantized as it was then.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from halfbyte.adapters.folder import rebuild_base, require_fit, start_of
 from halfbyte.adapters.store import AdapterStore
 from halfbyte.config import QuantConfig, RunConfig, load_config
 from halfbyte.data.templates import Template, from_tokenizer
 from halfbyte.errors import AdapterError, ConfigError
 from halfbyte.evaluate.prompts import Messages, prompt_tokens
 from halfbyte.formats import peft
+from halfbyte.models import rope
 from halfbyte.models.generate import generate
-from halfbyte.models.load import load_model, load_tokenizer, task_of_folder
+from halfbyte.models.load import choose_dtype, load_model, load_tokenizer, task_of_folder
 from halfbyte.models.source import Source, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,26 @@ def locate(name: str | Path, *, base: str | None = None) -> Located:
 def _run_config(folder: Path) -> RunConfig | None:
     file = folder / "config.yaml"
     return load_config(file) if file.is_file() and (folder / "metrics.jsonl").is_file() else None
+
+
+def _name_for(folder_name: str) -> str:
+    """A folder's name as one that an adapter may have: what is no letter, digit, dot or line becomes a line.
+
+    >>> _name_for("my first run"), _name_for("\u00fc")
+    ('my-first-run', 'adapter')
+    """
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder_name).strip("._-")[:56] or "adapter"
+
+
+def _no_adapter(folder: Path) -> AdapterError:
+    return AdapterError(
+        "an adapter is a folder with adapter_config.json, or a run of method qlora or lora",
+        code="E-ADAPT-082",
+        place=str(folder),
+        found="something else" if folder.expanduser().exists() else "no such folder",
+        remedy="name the folder that holds adapter_config.json",
+        nothing_done="Nothing was loaded.",
+    )
 
 
 def _trained(run: Path, part: str) -> Path:
@@ -96,12 +124,13 @@ class Opened:
         model: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
         template: str | None,
+        start: tuple[object, ...] | None = None,
         force_base: bool = False,
     ) -> None:
         self.located, self.source, self.model, self.tokenizer = located, source, model, tokenizer
         self.template_path = template
         self._template: Template | None = None
-        self.store = AdapterStore(model, base_digest=source.weights, allow_other_base=force_base)
+        self.store = AdapterStore(model, base_digest=source.weights, start=start, allow_other_base=force_base)
         self.folders: dict[Path, str] = {}
 
     @property
@@ -134,9 +163,8 @@ class Opened:
         """Put an adapter folder at hand, under its folder's name (its run's name for <run>/adapter); returns the name."""
         folder = (folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder).resolve()
         if folder not in self.folders:
-            wanted = folder.parent.name if folder.name == "adapter" else folder.name
-            taken = [name for name in self.store.names if name == wanted or name.startswith(f"{wanted}-")]
-            name = f"{wanted}-{len(taken) + 1}" if taken else wanted
+            wanted = _name_for(folder.parent.name if folder.name == "adapter" else folder.name)
+            name = next(one for one in (wanted, *(f"{wanted}-{number}" for number in count(2))) if one not in self.store.names)
             self.store.add(name, folder)
             self.folders[folder] = name
         return self.folders[folder]
@@ -191,23 +219,45 @@ def open_model(
     located = locate(name, base=base)
     if adapter is not None:
         found = locate(adapter, base=located.base)
+        if found.adapter is None:
+            raise _no_adapter(Path(adapter))
         located = Located(located.base, found.adapter, found.config or located.config)
     config = located.config
     if revision is None and config is not None and located.base == config.model.name:
         revision = config.model.revision
     source = resolve(located.base, revision=revision, allow_download=allow_download)
+    dtype = dtype or (config.model.dtype if config else "auto")
+    begun = _loftq_adapter(located.adapter) if quant is None else None
     model = load_model(
         source,
-        dtype=dtype or (config.model.dtype if config else "auto"),
-        quant=_storage(quant, config),
+        dtype=dtype if begun is None else "float32",
+        quant=_storage(quant, config) if begun is None else None,
         task=config.model.task if config else task_of_folder(source),
         labels=config.model.labels if config else (),
     )
+    if begun is not None and begun.loftq is not None:
+        require_fit(model, begun, located.adapter or "")
+        _cast(model, DTYPES[begun.loftq.dtype])
+        rebuild_base(model, begun)
+        _cast(model, choose_dtype(dtype)[0])
     template = template or (config.model.template if config else None)
-    opened = Opened(located, source, model, load_tokenizer(source), template, force_base)
+    opened = Opened(located, source, model, load_tokenizer(source), template, start_of(begun) if begun else None, force_base)
     if located.adapter is not None:
         opened.activate(opened.add(located.adapter))
     return opened
+
+
+def _cast(model: "PreTrainedModel", dtype: torch.dtype) -> None:
+    """The weights that are not packed in another type; rotary frequencies stay exact."""
+    if model.dtype != dtype:
+        model.to(dtype)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+        rope.restore(model)
+
+
+def _loftq_adapter(folder: Path | None) -> peft.PeftAdapter | None:
+    """The adapter of a folder, if it began with init loftq."""
+    adapter = peft.read(folder) if folder is not None else None
+    return adapter if adapter is not None and adapter.loftq is not None else None
 
 
 def _storage(quant: str | QuantConfig | None, config: RunConfig | None) -> QuantConfig | None:

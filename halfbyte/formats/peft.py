@@ -3,7 +3,8 @@
     adapter_config.json         41 keys (peft_config.py)
     adapter_model.safetensors   tensors under PEFT's names (peft_keys.py), metadata {"format": "pt"}
     README.md                   model card
-    halfbyte.json               scaling per module and the digest of the base, which PEFT's config cannot say; other readers skip it
+    halfbyte.json               scaling per module, the digest of the base and, after init loftq, how the base was quantized: what PEFT's
+                                config cannot say; other readers skip it
 
 `save` writes beside the target, reads that back, compares every bit, and only then moves it into place, the config last: a folder without a
 config is refused, so a crash leaves the old adapter or one that says it is incomplete, never half of each.
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.config.lora import LoraConfig
+from halfbyte.config.quant import LoftqBase
 from halfbyte.errors import AdapterError, StorageError
 from halfbyte.formats.peft_config import CONFIG_NAME, TASKS, config_text, pattern_value, read_config, refused
 from halfbyte.formats.peft_keys import Named, from_peft, to_peft
@@ -44,6 +46,7 @@ class PeftAdapter:
     tensors      in this program's names (see lora/tensors.py)
     kinds        module -> linear, embedding, experts
     base_copies  whole base tables that PEFT stores beside an adapted embedding or head; must equal the base's own
+    loftq        how init loftq quantized the base that this belongs to; None where it began otherwise
     """
 
     config: LoraConfig
@@ -54,12 +57,13 @@ class PeftAdapter:
     base_digest: str | None
     task: str | None
     raw: dict[str, Any]
+    loftq: LoftqBase | None = None
 
 
 def save(
     folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig, *, kinds: Mapping[str, str], targets: tuple[str, ...],
     parameters: tuple[str, ...] = (), task: str | None = "causal-lm", base_name: str | None = None, revision: str | None = None,
-    base_digest: str | None = None, notes: tuple[str, ...] = (), allow_untrained: bool = False,
+    base_digest: str | None = None, notes: tuple[str, ...] = (), loftq: LoftqBase | None = None, allow_untrained: bool = False,
 ) -> Path:  # fmt: skip
     """Write an adapter (fields of lora.tensors.Collected) as a PEFT folder; returns the folder.
 
@@ -70,7 +74,9 @@ def save(
     settings = config_text(
         config, kinds=kinds, targets=targets, parameters=parameters, task=task, base_name=base_name, revision=revision
     )  # fmt: skip
-    own = {"base_digest": base_digest, "format_version": 1, "scaling": {name: scale_in(config, name) for name in kinds}}
+    own: dict[str, Any] = {"base_digest": base_digest, "format_version": 1, "scaling": {name: scale_in(config, name) for name in kinds}}
+    if loftq is not None:
+        own["loftq"] = loftq.model_dump(mode="json")
     with _staged(folder) as staging:
         save_tensors(staging / WEIGHTS_NAME, foreign, {"format": "pt"})
         for name, text in (
@@ -170,7 +176,7 @@ def read(folder: Path, *, allow_untrained: bool = False) -> PeftAdapter:
     _require_finite(named, folder)
     if not allow_untrained:
         _require_alive(named, folder)
-    digest = _own_facts(folder, ranks, alphas, raw["use_rslora"])
+    digest, loftq = _own_facts(folder, ranks, alphas, raw["use_rslora"])
     config = LoraConfig(
         rank=raw["r"], alpha=raw["lora_alpha"], dropout=raw["lora_dropout"], targets=tuple(named.kinds), rslora=raw["use_rslora"],
         dora=raw["use_dora"], lora_bias=raw["lora_bias"],
@@ -179,8 +185,10 @@ def read(folder: Path, *, allow_untrained: bool = False) -> PeftAdapter:
         train_bias=raw["bias"], fully_trained=_whole_modules(named, raw, folder),
         dtype="bfloat16" if named.dtype == torch.bfloat16 else "float32",
     )  # fmt: skip
+    if loftq is not None:
+        config = config.model_copy(update={"init": "loftq", "loftq_iterations": loftq.iterations})
     task = next((ours for ours, theirs in TASKS.items() if theirs == raw["task_type"]), None)
-    return PeftAdapter(config, named.tensors, named.kinds, named.base_copies, raw["base_model_name_or_path"], digest, task, raw)
+    return PeftAdapter(config, named.tensors, named.kinds, named.base_copies, raw["base_model_name_or_path"], digest, task, raw, loftq)
 
 
 def _require_files(folder: Path) -> None:
@@ -239,14 +247,15 @@ def _require_alive(named: Named, folder: Path) -> None:
         )  # fmt: skip
 
 
-def _own_facts(folder: Path, ranks: Mapping[str, int], alphas: Mapping[str, float], rslora: bool) -> str | None:
-    """The digest of the base from halfbyte.json, after checking that the scaling noted there is the config's (T28)."""
+def _own_facts(folder: Path, ranks: Mapping[str, int], alphas: Mapping[str, float], rslora: bool) -> tuple[str | None, LoftqBase | None]:
+    """Digest and LoftQ quantization of the base from halfbyte.json, after checking that the scaling noted there is the config's (T28)."""
     path = folder / OWN_NAME
     if not path.is_file():
-        return None
+        return None, None
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         digest, scaling = facts["base_digest"], dict(facts["scaling"])
+        loftq = LoftqBase.model_validate(facts["loftq"]) if "loftq" in facts else None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise refused("E-ADAPT-044", "halfbyte.json must be as it was written", str(path), f"{type(error).__name__}: {error}",
             "JSON") from None
@@ -258,7 +267,7 @@ def _own_facts(folder: Path, ranks: Mapping[str, int], alphas: Mapping[str, floa
                 "E-ADAPT-045", "the scale of the config must be the scale the adapter was trained with", f"{folder}, module {name}",
                 f"{expected:g} by r, lora_alpha and use_rslora", f"{noted} by {OWN_NAME}", "undo the edit of one of the two files",
             )  # fmt: skip
-    return digest if isinstance(digest, str) else None
+    return (digest if isinstance(digest, str) else None), loftq
 
 
 def _whole_modules(named: Named, raw: Mapping[str, Any], folder: Path) -> tuple[str, ...]:

@@ -89,8 +89,10 @@ def total_parameters(model: nn.Module) -> int:
     return packed + sum(parameter.numel() for parameter in model.parameters())
 
 
-def inject(model: nn.Module, config: LoraConfig, *, seed: int = 0, quant: QuantConfig | None = None) -> Injected:
+def inject(model: nn.Module, config: LoraConfig, *, seed: int = 0, quant: QuantConfig | None = None, start: bool = True) -> Injected:
     """Wrap the targets, freeze the rest, return what was done.  `quant` says how init loftq quantizes (default: nf4).
+
+    With start=False the factors are zero and the base is as it was, whatever `init` says: for values that come from a file.
 
     The same seed gives the same start on every machine.  Raises TargetError (nothing to adapt), AdapterError (already adapted).
     """
@@ -108,7 +110,8 @@ def inject(model: nn.Module, config: LoraConfig, *, seed: int = 0, quant: QuantC
     recipe = recipe.model_copy(update={"format": "nf4"}) if recipe.format == "auto" else recipe
     generator = torch.Generator().manual_seed(seed)
     for name, update in _wrap(model, config, names, kinds).items():
-        INITS[config.init](update, Start(name, generator, recipe, config.loftq_iterations))
+        if start:
+            INITS[config.init](update, Start(name, generator, recipe, config.loftq_iterations))
         if not isinstance(update, ExpertUpdate):
             update.start_magnitude()
     trained = sum(parameter.numel() for _, parameter in trainable(model))
