@@ -75,4 +75,9 @@ TITLES = {
     "T72": "Best checkpoint deleted, or best not what is loaded",
 }
 
-ABSENT: dict[str, str] = {}
+ABSENT = {
+    "T4": "one process trains; there is no average over ranks",
+    "T25": "attention and its masks are transformers' own; that a left-padded batch answers as each row alone is tested under T26",
+    "T41": "nothing computes in fp16, and bfloat16 has the range of float32",
+    "T68": "there is no server; one process answers one conversation, and switching adapters is tested under T67",
+}
