@@ -29,7 +29,7 @@ class Batch:
     attention_mask  (B, T) int64, 1 where a token is; None when no row is padded, or when rows are packed
     positions       (B, T) int64 for packed rows (restarting per sample, running on through padding), otherwise None
     segment_ids     (B, T) int64 for packed rows, -1 on padding, otherwise None
-    rows            data row numbers; trained_tokens: labels the loss sums over; tokens: real tokens, padding not counted
+    rows            data row numbers
     """
 
     input_ids: Tensor
@@ -38,7 +38,12 @@ class Batch:
     positions: Tensor | None
     segment_ids: Tensor | None
     rows: list[int]
-    trained_tokens: int
+
+    @property
+    def trained_tokens(self) -> int:
+        """Labels that the loss sums over: rows for classification, else all but those of first tokens, which nothing predicts."""
+        wanted = self.labels if self.labels.ndim == 1 else self.labels[:, 1:]
+        return int((wanted != IGNORED).sum())
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
@@ -75,16 +80,15 @@ def collate(items: Sequence[Example | Packed], pad_id: int) -> Batch:
         )
         labels = padded([item.labels for item in packed], IGNORED)
         rows = [row for item in packed for row in item.rows]
-        return Batch(ids, labels, None, positions, padded([item.segment_ids for item in packed], -1), rows, int((labels != IGNORED).sum()))
+        return Batch(ids, labels, None, positions, padded([item.segment_ids for item in packed], -1), rows)
     examples = [item for item in items if isinstance(item, Example)]
     lengths = [len(item.input_ids) for item in examples]
     mask = None if min(lengths) == width else padded([[1] * length for length in lengths], 0)
     rows = [item.row for item in examples]
     classes = [item.label for item in examples if item.label is not None]
     if classes:
-        return Batch(ids, torch.tensor(classes, dtype=torch.int64), mask, None, None, rows, len(classes))
-    labels = padded([[IGNORED, *item.labels[1:]] for item in examples], IGNORED)
-    return Batch(ids, labels, mask, None, None, rows, int((labels != IGNORED).sum()))
+        return Batch(ids, torch.tensor(classes, dtype=torch.int64), mask, None, None, rows)
+    return Batch(ids, padded([[IGNORED, *item.labels[1:]] for item in examples], IGNORED), mask, None, None, rows)
 
 
 class _Windows(Dataset[list[Batch]]):

@@ -16,7 +16,7 @@ from halfbyte.data.batches import Batch
 from halfbyte.errors import DataError
 from halfbyte.models.heads import Head, head_of
 from halfbyte.models.modes import evaluating
-from halfbyte.models.token_loss import token_loss_sum, trained_tokens
+from halfbyte.models.token_loss import token_loss_sum
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def evaluate_loss(model: nn.Module, batches: Iterable[Batch], *, head: Head | No
     with evaluating(model), torch.inference_mode():
         for batch in batches:
             here = batch.to(_device_of(model))
-            if trained_tokens(here) == 0:
+            if here.trained_tokens == 0:
                 continue
             head = head if head is not None else Head("logits") if here.labels.ndim == 1 else head_of(model)
             summed, tokens = token_loss_sum(model, head, here)

@@ -69,7 +69,7 @@ def head_of(model: Any) -> Head:
         return _plain("the output layer is adapted or packed")
     with evaluating(model), torch.no_grad():
         ids = torch.arange(PROBE_TOKENS, device=weight.device)[None] * 7 % weight.shape[0]
-        probe = Batch(ids, ids, None, None, None, [0], 0)
+        probe = Batch(ids, ids, None, None, None, [0])
         wanted, hidden = logits_of(model, probe), hidden_of(model, probe)
         for head in _candidates(model, module):
             if hidden.shape[-1] == weight.shape[1] and close(apply(head, hidden), wanted):

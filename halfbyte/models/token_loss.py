@@ -29,16 +29,10 @@ def shift(labels_BT: Tensor) -> Tensor:
     return torch.cat([labels_BT[:, 1:], labels_BT.new_full((labels_BT.shape[0], 1), IGNORED)], dim=1)
 
 
-def trained_tokens(batch: Batch) -> int:
-    """Number of labels that the batch's loss sums over; rows, for sequence classification (labels of shape (B,))."""
-    wanted = batch.labels if batch.labels.ndim == 1 else shift(batch.labels)
-    return int((wanted != IGNORED).sum())
-
-
 def token_loss_sum(model: nn.Module, head: Head, batch: Batch) -> tuple[Tensor, int]:
     """(sum of the token losses as a 0-d tensor, differentiable; number of tokens summed over).  A batch without labels gives 0."""
     if batch.labels.ndim == 1:
-        return _summed(logits_of(model, batch), batch.labels), trained_tokens(batch)
+        return _summed(logits_of(model, batch), batch.labels), batch.trained_tokens
     targets_BT = shift(batch.labels)
     trained_BT = targets_BT != IGNORED
     labels_N = targets_BT[trained_BT]

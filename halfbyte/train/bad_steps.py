@@ -40,7 +40,9 @@ class BadSteps:
         progress = training.progress
         after = capture_rng()
         restore_rng(random_state)
-        where = numeric_check.locate(training.model, window, training.loss_sum)
+        where = training.micro.run(
+            lambda parts: numeric_check.locate(training.model, parts, training.loss_sum), window, step=progress.step, on_change=training.note
+        )
         restore_rng(after)
         progress.skipped_steps += 1
         progress.bad_in_a_row += 1

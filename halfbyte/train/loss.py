@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from halfbyte.data.batches import Batch
 from halfbyte.models.heads import Head
-from halfbyte.models.token_loss import token_loss_sum, trained_tokens
+from halfbyte.models.token_loss import token_loss_sum
 from halfbyte.train import faults
 
 
@@ -21,12 +21,12 @@ def accumulate(
     model: nn.Module, head: Head, window: Sequence[Batch], *, poll: Callable[[], None] = lambda: None
 ) -> tuple[Tensor | None, int]:
     """Add the window's gradient to the parameters; (loss per trained token, trained tokens), or (None, 0) when it trains nothing."""
-    total = sum(trained_tokens(batch) for batch in window)
+    total = sum(batch.trained_tokens for batch in window)
     loss: Tensor | None = None
     for batch in window:
         poll()
         faults.point("train.micro_batch")
-        if trained_tokens(batch) == 0:
+        if batch.trained_tokens == 0:
             continue
         part = token_loss_sum(model, head, batch)[0] / total
         part.backward()

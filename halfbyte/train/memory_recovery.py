@@ -16,7 +16,6 @@ from torch import Tensor
 
 from halfbyte import devices
 from halfbyte.data.batches import Batch
-from halfbyte.data.tokenize import IGNORED
 from halfbyte.errors import DoesNotFitError
 from halfbyte.log import logger
 from halfbyte.train.state import capture_rng, restore_rng
@@ -55,10 +54,7 @@ def _cut(batch: Batch, size: int) -> list[Batch]:
             name: value[start:stop] if value.ndim == 1 else value[start:stop, :width]
             for name, value in vars(batch).items() if isinstance(value, Tensor)
         }
-        labels = fields["labels"]
-        trained = int(((labels if labels.ndim == 1 else labels[:, 1:]) != IGNORED).sum())
-        rows = batch.rows[sum(held[:start]) : sum(held[:stop])]
-        parts.append(replace(batch, **fields, rows=rows, trained_tokens=trained))
+        parts.append(replace(batch, **fields, rows=batch.rows[sum(held[:start]) : sum(held[:stop])]))
     return parts
 
 

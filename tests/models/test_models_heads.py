@@ -43,7 +43,7 @@ def build(name: str, attention: str | None = None) -> Any:
 
 
 def batch_of(ids: torch.Tensor) -> Batch:
-    return Batch(ids, ids, torch.ones_like(ids), None, None, list(range(ids.shape[0])), ids.numel() - ids.shape[0])
+    return Batch(ids, ids, torch.ones_like(ids), None, None, list(range(ids.shape[0])))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -89,7 +89,7 @@ def test_packed_rows_do_not_see_each_other(name: str, attention: str | None) -> 
 
     def states(first: torch.Tensor) -> torch.Tensor:
         ids = torch.cat([first, second], dim=1)
-        return hidden_of(model, Batch(ids, ids, None, positions, segments, [0, 1], 14))[:, 7:]
+        return hidden_of(model, Batch(ids, ids, None, positions, segments, [0, 1]))[:, 7:]
 
     with torch.no_grad():
         one, other = states(torch.arange(7)[None]), states(torch.arange(7)[None] + 200)

@@ -15,7 +15,6 @@ from halfbyte.config import load_config
 from halfbyte.errors import ConfigError, Interrupted, NumericError
 from halfbyte.formats import peft
 from halfbyte.lora.tensors import adapter_tensors
-from halfbyte.models.token_loss import trained_tokens
 from halfbyte.train import checkpoint, loop, metrics
 from halfbyte.train.faults import FaultStop
 from halfbyte.train.loop import TrainResult
@@ -74,7 +73,7 @@ def test_records_hold_what_happened(tiny_llama: Tiny, tmp_path: Path) -> None:
     lengths = {item.row: item for item in uneven(10)}
     for record in ear.steps:
         batch = window([lengths[row] for row in record["rows"]], 4)
-        assert record["trained_tokens"] == sum(trained_tokens(one) for one in batch)
+        assert record["trained_tokens"] == sum(one.trained_tokens for one in batch)
         assert record["tokens"] == sum(len(lengths[row].input_ids) for row in record["rows"])
         assert record["memory_bytes"] > 2**20
     assert result.tokens == sum(record["trained_tokens"] for record in ear.steps)
