@@ -53,7 +53,8 @@ def generate(
     )  # fmt: skip
     answers: dict[int, str] = {}
     order = sorted(range(len(token_lists)), key=lambda index: len(token_lists[index]))  # little padding
-    with evaluating(model), torch.inference_mode(), contiguous_head_input(model), torch.random.fork_rng(devices=_cuda_of(model)):
+    forked = torch.random.fork_rng(devices=_cuda_of(model))
+    with evaluating(model), torch.inference_mode(), contiguous_head_input(model), callers_settings(model), forked:
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
@@ -79,6 +80,19 @@ def contiguous_head_input(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def callers_settings(model: Any) -> Iterator[None]:
+    """Inside, the model's own generation config is empty.
+
+    transformers fills all that a caller leaves open from it, such as a penalty on repetition that the model was published with.
+    """
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _generate_batch(model: Any, lists: list[list[int]], settings: GenerationConfig, streamer: BaseStreamer | None) -> list[list[int]]:

@@ -53,6 +53,18 @@ def test_every_end_token_ends(pair: tuple[Any, Any]) -> None:
     assert generate(model, tokenizer, [PROMPTS[0]], max_new_tokens=8) == [""]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_models_own_settings_do_not_act(pair: tuple[Any, Any], temperature: float) -> None:
+    """Nothing of the generation config but its end tokens, and it is as it was afterwards."""
+    model, tokenizer = pair
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": temperature}
+    plain = generate(model, tokenizer, PROMPTS, **options)
+    model.generation_config.update(repetition_penalty=20.0, no_repeat_ngram_size=1, top_k=1, min_p=0.5, suppress_tokens=list(range(200)))
+    before = model.generation_config.to_dict()
+    assert generate(model, tokenizer, PROMPTS, **options) == plain
+    assert model.generation_config.to_dict() == before
+
+
 def test_streaming_says_what_is_returned(pair: tuple[Any, Any]) -> None:
     model, tokenizer = pair
     pieces: list[str] = []
