@@ -5,7 +5,7 @@
 
 Rules: the first label of a sample is -100 (nothing predicts it); a row without anything to learn is dropped and counted, and more than
 5 % of such rows are refused; a row over `max_tokens` is dropped, or loses the left of its prompt but never any of its answer, or is
-refused; a template that closes no answer with a token of the tokenizer is refused.  The one shift of labels is in `train/loss.py`.
+refused; a template that closes no answer with a token of the tokenizer is refused.  The one shift of labels is in `models/token_loss.py`.
 """
 
 import re
@@ -15,10 +15,10 @@ from typing import Any
 
 from halfbyte.config.data import DataConfig
 from halfbyte.data.encoding import Encoder, Span, labels_of
-from halfbyte.data.faults import SHOWN, Problem, combined, error_of, shown
+from halfbyte.data.faults import NOTHING, SHOWN, Problem, combined, error_of, shown
 from halfbyte.data.samples import ClassSample, Conversation, Sample, TextSample, TokenSample
 from halfbyte.data.templates import Rendered, Template, special_tokens
-from halfbyte.errors import nearest
+from halfbyte.errors import ConfigError, nearest
 
 IGNORED = -100
 UNLEARNABLE_SHARE = 0.05
@@ -109,14 +109,24 @@ def tokenize(
     if problems:
         raise combined(problems)
     _settle(samples, examples, tally, limit)
-    stop_text, stop_id = _stop(samples, tally, tokenizer, config)
+    stop_text, stop_id = _stop(samples, tally, tokenizer)
     return Tokenized(examples, _report(samples, examples, tally, limit, stop_text, stop_id, names))
 
 
 def max_tokens_of(config: DataConfig, model_limit: int | None) -> int:
-    """The longest row in tokens: the setting, or the model's own limit capped at 1,024."""
+    """The longest row in tokens: the setting, or the model's own limit capped at 1,024.  Raises ConfigError for more than that limit."""
     if config.max_tokens == "auto":
         return min(model_limit or AUTO_MAX_TOKENS, AUTO_MAX_TOKENS)
+    if model_limit is not None and config.max_tokens > model_limit:
+        raise ConfigError(
+            "rows must fit into what the model can see",
+            code="E-CONF-067",
+            place="data.max_tokens",
+            found=f"{config.max_tokens:,}",
+            expected=f"at most {model_limit:,}, the positions that the model's config.json names",
+            remedy="lower data.max_tokens, or leave it out",
+            nothing_done=NOTHING,
+        )
     return int(config.max_tokens)
 
 
@@ -335,7 +345,7 @@ def file_of(samples: Sequence[Sample]) -> str:
     return place.rpartition(" line ")[0] or place.rpartition(" row ")[0] or place
 
 
-def _stop(samples: Sequence[Sample], tally: _Tally, tokenizer: Any, config: DataConfig) -> tuple[str, int | None]:
+def _stop(samples: Sequence[Sample], tally: _Tally, tokenizer: Any) -> tuple[str, int | None]:
     """The text and id of the stop token that is trained; refuses conversations none of which trains one."""
     if not tally.stops:
         return "", None

@@ -14,7 +14,7 @@ The base an adapter names is never fetched.  Under an adapter that began with in
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from halfbyte.adapters.store import AdapterStore
 from halfbyte.config import QuantConfig, RunConfig, load_config
 from halfbyte.data.templates import Template, from_tokenizer
 from halfbyte.errors import AdapterError, ConfigError
-from halfbyte.evaluate.prompts import Messages, prompt_tokens
+from halfbyte.evaluate.prompts import Messages, prompt_tokens, require_text
 from halfbyte.formats import peft
 from halfbyte.models import rope
 from halfbyte.models.generate import generate
@@ -164,7 +164,7 @@ class Opened:
         folder = (folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder).resolve()
         if folder not in self.folders:
             wanted = _name_for(folder.parent.name if folder.name == "adapter" else folder.name)
-            name = next(one for one in (wanted, *(f"{wanted}-{number}" for number in count(2))) if one not in self.store.names)
+            name = next(one for one in chain([wanted], (f"{wanted}-{number}" for number in count(2))) if one not in self.store.names)
             self.store.add(name, folder)
             self.folders[folder] = name
         return self.folders[folder]
@@ -190,6 +190,8 @@ class Opened:
     def answer(self, prompts: Sequence[str], *, system: str | None = None, raw: bool = False, **options: Any) -> list[str]:
         """One answer for each prompt; `raw` continues the text itself, without the chat template."""
         if raw:
+            for prompt in prompts:
+                require_text(prompt)
             tokens = [self.tokenizer(prompt).input_ids for prompt in prompts]
         else:
             first = [{"role": "system", "content": system}] if system else []

@@ -23,6 +23,9 @@ STAND_IN = "A"
 
 def prompt_tokens(template: Template, tokenizer: "PreTrainedTokenizerBase", talks: Sequence[Messages]) -> list[list[int]]:
     """Tokens of each conversation up to where the model is to speak.  Raises DataError when the template refuses one."""
+    for talk in talks:
+        for one in talk:
+            require_text(str(one["content"]))
     conversations = [
         Conversation((*(Message(str(one["role"]), str(one["content"])) for one in talk), Message("assistant", STAND_IN)), "the prompt")
         for talk in talks
@@ -46,6 +49,20 @@ def prompt_tokens(template: Template, tokenizer: "PreTrainedTokenizerBase", talk
         ids, offsets = tokens
         found.append(ids[: first_trained(labels_of(ids, offsets, text.spans))])
     return found
+
+
+def require_text(prompt: str) -> None:
+    """Raise DataError for a text that no tokenizer can take: bytes of a terminal that are not UTF-8 arrive as half characters."""
+    half = next((index for index, letter in enumerate(prompt) if "\ud800" <= letter <= "\udfff"), None)
+    if half is not None:
+        raise DataError(
+            "a prompt must be whole characters",
+            code="E-DATA-083",
+            place="the prompt",
+            found=f"half a character at position {half:,}: {prompt[max(0, half - 10) : half + 10]!a}",
+            remedy="write it in UTF-8",
+            nothing_done="Nothing was generated.",
+        )
 
 
 def prompt_of(example: Example) -> list[int]:

@@ -24,6 +24,7 @@ from halfbyte.models.load import token_limit
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 METRICS = ("exact_match", *ROUGE, "bleu", "chrf")
+COLUMNS = ("text_field", "label_field")
 
 
 def evaluate_rows(
@@ -35,12 +36,18 @@ def evaluate_rows(
     max_new_tokens: int = 128,
     max_rows: int | None = None,
 ) -> dict[str, float | int]:
-    """loss, perplexity, tokens, rows, then the scores asked for, in this order.  Raises DataError and ConfigError."""
+    """loss, perplexity, tokens, rows, rows_left_out where some were, then the scores asked for, in this order.
+
+    Raises DataError and ConfigError.
+    """
     _check_names(metrics)
+    _check_size(batch_size)
     read = _read(opened, data, max_rows, opened.train_on)
     batches = _batches(read, opened, batch_size)
     seen = evaluate_loss(opened.model, batches)
     found: dict[str, float | int] = {"loss": seen.loss, "perplexity": seen.perplexity, "tokens": seen.tokens, "rows": len(read.train)}
+    if left_out := sum(read.report.dropped.values()):
+        found["rows_left_out"] = left_out
     if opened.labels:
         return {**found, **evaluate_classes(opened.model, batches)}
     if not metrics:
@@ -70,6 +77,13 @@ def scores(answers: Sequence[str], references: Sequence[str], metrics: Sequence[
     return {name: found[name] for name in metrics}
 
 
+def _check_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ConfigError(
+            "a batch holds at least one row", code="E-CONF-088", place="--batch-size", found=str(batch_size), expected="1 or more"
+        )
+
+
 def _check_names(metrics: Sequence[str]) -> None:
     for name in metrics:
         if name not in METRICS:
@@ -86,8 +100,11 @@ def _check_names(metrics: Sequence[str]) -> None:
 def _read(opened: Opened, data: str | Path, max_rows: int | None, train_on: str) -> TrainData:
     shape = {"shape": "classification"} if opened.labels else {}
     own = {} if opened.labels else {"train_on": train_on}
-    config = make(DataConfig, {"path": str(data), "eval_rows": 0, "max_rows": max_rows, **shape, **own}, "data")
-    return load_data(config, opened.tokenizer, model_limit=token_limit(opened.source), template=opened.template_path, labels=opened.labels)
+    limit = token_limit(opened.source)
+    longest = {"max_tokens": limit} if limit is not None else {}  # whatever a run was trained on: models are compared on the same rows
+    columns = {name: getattr(opened.located.config.data, name) for name in COLUMNS} if opened.located.config is not None else {}
+    config = make(DataConfig, {"path": str(data), "eval_rows": 0, "max_rows": max_rows, **longest, **columns, **shape, **own}, "data")
+    return load_data(config, opened.tokenizer, model_limit=limit, template=opened.template_path, labels=opened.labels)
 
 
 def _batches(read: TrainData, opened: Opened, batch_size: int) -> list[Batch]:

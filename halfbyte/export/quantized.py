@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from halfbyte import surgery
+from halfbyte.config.load import make
 from halfbyte.config.quant import QuantConfig
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, ModelError
 from halfbyte.export import folder
 from halfbyte.formats import safetensors_io
 from halfbyte.models.load import load_model, load_tokenizer
+from halfbyte.models.packed_folder import storage_of
 from halfbyte.models.save import save_quantized
 from halfbyte.models.source import Source, resolve
 from halfbyte.quant.dense import dense_weight
@@ -56,9 +58,19 @@ def quantize_to_folder(
     if format not in FORMATS:
         raise ConfigError("this storage is not known", code="E-CONF-084", place="--format", found=format, expected=", ".join(FORMATS),
                           nothing_done="Nothing was written.")  # fmt: skip
+    quant = make(QuantConfig, {"format": format, "blocksize": blocksize, "double_quant": double_quant}, "quant")
+    if format == "int8" and (quant.blocksize, quant.double_quant) != (64, True):
+        raise ConfigError("int8 has one scale for each row of a weight", code="E-CONF-087", place="--blocksize, --double-quant",
+                          found=f"{blocksize}, {str(double_quant).lower()}", remedy="leave them out, or take --format nf4",
+                          nothing_done="Nothing was written.")  # fmt: skip
     folder.require_new(out)
     source = resolve(model, allow_download=allow_download)
-    loaded = load_model(source, quant=QuantConfig.model_validate({"format": format, "blocksize": blocksize, "double_quant": double_quant}))
+    packed = storage_of(source.folder)
+    if packed is not None:
+        raise ModelError("a model is quantized from 16 or 32 bits", code="E-MODEL-045", place=str(source.folder),
+                         found=f"a folder that is already in {packed.format}", remedy="name the model's 16-bit folder",
+                         nothing_done="Nothing was written.")  # fmt: skip
+    loaded = load_model(source, quant=quant)
     layers = len(list(surgery.modules_of(loaded, lambda _, module: isinstance(module, (QuantLinear, QuantExperts)))))
     errors = relative_errors(loaded, source)
     save_quantized(loaded, load_tokenizer(source), out)

@@ -15,16 +15,30 @@ so that the base stays as it was loaded and the adapter works on it anywhere.
 Does not choose layers (targets.py), start values (init.py) or file names.  Source: https://arxiv.org/abs/2106.09685
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfbyte.config.lora import LoraConfig
+from halfbyte.errors import UnsupportedError
 from halfbyte.lora.trained import TrainedParts
 from halfbyte.lora.variants import dora_gain, row_norms, scaling_of
 from halfbyte.quant.dense import dense_weight, shape_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class PassedBy(UnsupportedError, AttributeError):
+    """Somebody asks an adapted layer for its weight; an AttributeError too, so that looking whether there is one finds none."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(
+            "a model must call the layers that carry an adapter", code="E-UNSUP-047", place="lora.targets",
+            found=f"it reads the weight of {base!r} itself", remedy="put such layers into lora.exclude, by the end of their names",
+            nothing_done="Nothing was trained.",
+        )  # fmt: skip
 
 
 class LoraLinear(nn.Module):
@@ -54,6 +68,15 @@ class LoraLinear(nn.Module):
         self.magnitude = nn.Parameter(torch.ones(self.out_features, dtype=dtype, device=device)) if config.dora else None
         self.register_buffer("start_a", None)
         self.register_buffer("start_b", None)
+
+    def __getattr__(self, name: str) -> Any:
+        """As of any module; a model that reads the weight itself (a fused Mamba kernel) would pass by the adapter, which is refused."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "weight":
+                raise PassedBy(self.base) from None
+            raise
 
     @property
     def frozen_base(self) -> nn.Module:

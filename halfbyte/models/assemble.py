@@ -17,6 +17,7 @@ from halfbyte.data.templates import from_tokenizer
 from halfbyte.lora.inject import Injected, inject, total_parameters
 from halfbyte.models.load import choose_dtype, load_model, load_tokenizer
 from halfbyte.models.packed_folder import settled
+from halfbyte.models.packing_probe import require_separate
 from halfbyte.models.source import Source, resolve
 from halfbyte.surgery import trainable
 
@@ -43,7 +44,7 @@ class Assembled:
 def assemble(config: RunConfig, *, for_training: bool = True) -> Assembled:
     """Load the base as the config says, put adapters in where the method has them, and set what trains.
 
-    With for_training=False nothing asks for a gradient.
+    With for_training=False nothing asks for a gradient.  Raises UnsupportedError for packed rows on a model that mixes their samples.
     """
     source = resolve(config.model.name, revision=config.model.revision, allow_download=config.model.allow_download)
     config = settled(config, source.folder)
@@ -65,6 +66,8 @@ def assemble(config: RunConfig, *, for_training: bool = True) -> Assembled:
         model.requires_grad_(True)
     if not for_training:
         model.requires_grad_(False)
+    if config.data.packing and for_training:
+        require_separate(model)
     model.train(for_training)
     trained = sum(parameter.numel() for _, parameter in trainable(model))
     total = total_parameters(model)

@@ -30,6 +30,7 @@ CODE_KEYS = frozenset({
     "use_kernels", "attn_implementation", "experts_implementation", "adapter_path", "name_or_path",
 })  # fmt: skip
 NATIVE_BLOCKS = ("bitsandbytes",)
+SPECIAL_FLOATS = ("Infinity", "-Infinity", "NaN")
 
 
 def read_config(folder: Path) -> dict[str, object]:
@@ -65,8 +66,16 @@ def _stripped(raw: dict[str, object], where: str) -> dict[str, object]:
             if key in CODE_KEYS:
                 logger().info("%s: config key %s is not honoured", where, key)
             continue
-        kept[key] = _stripped(value, where) if isinstance(value, dict) and key != "quantization_config" else value
+        plain = _decoded(value)
+        kept[key] = _stripped(plain, where) if isinstance(plain, dict) and key != "quantization_config" else plain
     return kept
+
+
+def _decoded(value: object) -> object:
+    """`value` with the numbers that transformers writes as {"__float__": "Infinity"}, which JSON has no word for."""
+    if isinstance(value, list):
+        return [_decoded(one) for one in value]
+    return float(value["__float__"]) if isinstance(value, dict) and value.get("__float__") in SPECIAL_FLOATS else value
 
 
 def _bad_config(path: Path, found: str, expected: str) -> ModelError:

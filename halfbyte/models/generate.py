@@ -42,7 +42,7 @@ def generate(
     stream       called with each piece of text as it comes; one prompt only
     Raises ConfigError on settings out of range.
     """
-    _check(max_new_tokens, temperature, top_p, stream, len(prompts))
+    _check(max_new_tokens, temperature, top_p, seed, batch_size, stream, len(prompts))
     token_lists = [tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     _check_room(model, token_lists, max_new_tokens)
     stops = stop_ids(model, tokenizer)
@@ -148,11 +148,13 @@ def _streamer(tokenizer: PreTrainedTokenizerBase, stream: Callable[[str], None] 
     return None if stream is None else _Pieces(tokenizer, stream)
 
 
-def _check(max_new_tokens: int, temperature: float, top_p: float, stream: object, count: int) -> None:
+def _check(max_new_tokens: int, temperature: float, top_p: float, seed: int, batch_size: int, stream: object, count: int) -> None:
     ranges = {
         "max_new_tokens": (max_new_tokens, max_new_tokens >= 1, "1 or more"),
         "temperature": (temperature, 0.0 <= temperature < float("inf"), "0 (greedy) or more"),
         "top_p": (top_p, 0.0 < top_p <= 1.0, "above 0, up to 1"),
+        "seed": (seed, 0 <= seed < 2**63, "at least 0, under 2^63"),
+        "batch_size": (batch_size, batch_size >= 1, "1 or more"),
         "stream": (f"{count} prompts", stream is None or count == 1, "one prompt at a time"),
     }
     for name, (found, fine, expected) in ranges.items():

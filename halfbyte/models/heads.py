@@ -72,7 +72,7 @@ def head_of(model: Any) -> Head:
         probe = Batch(ids, ids, None, None, None, [0])
         wanted, hidden = logits_of(model, probe), hidden_of(model, probe)
         for head in _candidates(model, module):
-            if hidden.shape[-1] == weight.shape[1] and close(apply(head, hidden), wanted):
+            if hidden.shape[-1] == weight.shape[1] and hidden.dtype == weight.dtype and close(apply(head, hidden), wanted):
                 return head
     return _plain("its logits are not a scaled, capped linear map of the backbone's last states")
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from halfbyte import devices
 from halfbyte.config.quant import QuantConfig
-from halfbyte.errors import ModelError, WeightError
+from halfbyte.errors import ModelError, UnsupportedError, WeightError
 from halfbyte.formats import bnb4bit
 from halfbyte.formats.safetensors_io import TensorInfo
 from halfbyte.log import logger
@@ -31,6 +31,8 @@ from halfbyte.models.packed_folder import packed_layers, require_agreement, stor
 from halfbyte.models.quantizer import LoadConfig, wrong_shape
 from halfbyte.models.source import Source, resolve
 from halfbyte.models.transformers_calls import plain_exceptions, quiet
+from halfbyte.quant.experts import QuantExperts
+from halfbyte.quant.linear import QuantLinear
 
 NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 _MAPPINGS: dict[str, Any] = {"causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING, "sequence-classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING}
@@ -70,6 +72,12 @@ def load_model(
     chosen, _ = choose_dtype(dtype)
     packing = _packing(raw, quant, tensors, folder)
     model = _from_pretrained(folder, config, task, chosen, attention, packing)
+    if packing is not None and not any(isinstance(module, (QuantLinear, QuantExperts)) for module in model.modules()):
+        raise UnsupportedError(
+            "a model to be quantized must have layers that can be packed", code="E-UNSUP-048", place=str(folder),
+            found=f"{type(model).__name__} has none of the known kinds", expected="linear layers or fused experts",
+            remedy="use the model without quantization: --quant none, method=lora", nothing_done="Nothing was loaded.",
+        )  # fmt: skip
     _check_finite(model)
     rope.restore(model)
     return model
