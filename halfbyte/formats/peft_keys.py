@@ -140,8 +140,18 @@ def fused_parameters(module: str, raw: Mapping[str, Any]) -> list[str]:
         owner, _, parameter = target.rpartition(".")
         if parameter not in ("weight", "bias") and (owner == "" or module == owner or module.endswith("." + owner)):
             found.add(parameter)
-    # An ending without an owner ("down_proj") also meets plain modules of other names; those are named like the parameter itself.
-    return [] if module.rpartition(".")[2] in found else sorted(found, key=lambda parameter: (expert_rank(parameter), parameter))
+    # An ending without an owner ("down_proj") also meets plain modules: those named like the parameter, and those targeted themselves.
+    plain = module.rpartition(".")[2] in found or targeted_whole(module, raw)
+    return [] if plain else sorted(found, key=lambda parameter: (expert_rank(parameter), parameter))
+
+
+def targeted_whole(module: str, raw: Mapping[str, Any]) -> bool:
+    """Whether the module itself is a target, by target_modules or by its weight in target_parameters (how PEFT adapts a router)."""
+    named = raw["target_modules"] or ()
+    if isinstance(named, str):
+        return re.fullmatch(named, module) is not None
+    weights = [target.removesuffix(".weight") for target in raw["target_parameters"] or () if target.endswith(".weight")]
+    return any(module == target or module.endswith("." + target) for target in [*named, *weights])
 
 
 def name_experts(named: Named, module: str, levels: dict[int, dict[str, Tensor]], parameters: list[str], folder: Path) -> None:

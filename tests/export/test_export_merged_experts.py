@@ -1,4 +1,4 @@
-"""A merged mixture of experts is wholly dense, whether its experts carried an adapter or only lay packed, and plain transformers runs it."""
+"""A merged mixture of experts is wholly dense, whether its experts carried an adapter or only lay packed; plain transformers runs it."""
 
 import json
 from pathlib import Path
