@@ -4,8 +4,8 @@
 |---------------------|----------------------------------------------------------------|---------------------|
 | HALFBYTE_CACHE      | folder for the starter model and converted files               | ~/.cache/halfbyte   |
 | HALFBYTE_KERNELS    | which kernels serve: auto, reference, cpu, triton              | auto                |
-| HALFBYTE_FAULTS     | fault points for crash tests, e.g. ckpt.after_fsync:kill:3     | none                |
-| RANK, WORLD_SIZE, LOCAL_RANK | set by torchrun                                       | 0, 1, 0             |
+| HALFBYTE_FAULTS     | fault points for crash tests, e.g. checkpoint.write:kill:3     | none                |
+| RANK                | set by a launcher of several processes; only number 0 speaks   | 0                   |
 | NO_COLOR            | any value switches colours off                                 | unset               |
 """
 
@@ -34,11 +34,6 @@ def faults() -> str:
 def rank() -> int:
     """This process's number among all processes of the run."""
     return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Number of processes of the run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def no_color() -> bool:

@@ -184,7 +184,6 @@ RULES: dict[str, Rule] = {
         "equal counts",
         "this is a bug of the program; please report it with the file",
     ),
-    "E-DATA-071": Rule("a text must not be empty", "text", "remove the row"),
     # data sets on a hub
     "E-DATA-086": Rule("a hub data set must be named owner/name", "hub:owner/name or hub:owner/name:split", "correct the name"),
     "E-DATA-087": Rule(

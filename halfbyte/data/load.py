@@ -39,7 +39,6 @@ class TrainData:
     shape: Shape
     labels: tuple[str, ...] = ()
     now: str = ""
-    eval_report: DataReport | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -79,7 +78,9 @@ def load_data(
             used.close()
     if used is not None:
         notes += _template_notes(used)
-    report = replace(train.report, notes=notes + train.report.notes)
+    notes += train.report.notes
+    notes += [f"held out: {note}" for note in (evaluated.report.notes if evaluated else []) if note not in train.report.notes]
+    report = replace(train.report, notes=notes)
     return TrainData(
         train.examples,
         evaluated.examples if evaluated else [],
@@ -88,8 +89,7 @@ def load_data(
         shape,
         names,
         "" if used is None else used.now.isoformat(),
-        evaluated.report if evaluated else None,
-        report.notes,
+        notes,
     )
 
 

@@ -41,12 +41,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """What was read: rows, notes for the user, sha256 of the bytes, and how many bad rows were let go."""
+    """What was read: rows, notes for the user, sha256 of the bytes."""
 
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
     digest: str = ""
-    skipped: int = 0
 
 
 def read_rows(path: str | Path, *, skip_bad_rows: int = 0, max_rows: int | None = None, problems: Problems | None = None) -> Rows:
@@ -76,7 +75,7 @@ def read_rows(path: str | Path, *, skip_bad_rows: int = 0, max_rows: int | None 
         notes += bad.settle()
     if not rows:
         raise error_of(Problem("E-DATA-008", str(path), found=f"no rows ({_size_text(path)})"))
-    return Rows(rows, notes, digest_of_all.hexdigest(), bad.bad_rows)
+    return Rows(rows, notes, digest_of_all.hexdigest())
 
 
 def part_of_folder(path: str | Path, part: str) -> Path | None:

@@ -16,14 +16,13 @@ template can train on as well.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from halfbyte.data.faults import Problem, Problems, error_of, shown
 from halfbyte.data.rows import Row
 from halfbyte.errors import nearest
 
-ROLES = ("system", "user", "assistant", "tool")
 ROLE_NAMES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
     "model": "assistant", "bot": "assistant", "function_call": "assistant", "tool": "tool", "observation": "tool",
@@ -313,16 +312,12 @@ def _sharegpt(reader: _Reader, shape: Shape) -> Sample | None:
 
 def _prompt_completion(reader: _Reader, shape: Shape) -> Sample | None:
     prompt, completion = reader.values.get("prompt"), reader.values.get("completion")
-    if isinstance(prompt, list) or isinstance(completion, list):
-        before = reader.messages(prompt, "prompt") if isinstance(prompt, list) else _as_message(reader, "prompt", "user")
-        after = (
-            reader.messages(completion, "completion") if isinstance(completion, list) else _as_message(reader, "completion", "assistant")
-        )
-        answers = tuple(after)
-        asked = [Message(message.role, message.content, message.extra, False) for message in before]
-        return reader.conversation([*asked, *answers], "prompt")
-    asked, answers_ = _as_message(reader, "prompt", "user"), _as_message(reader, "completion", "assistant")
-    return reader.conversation([*asked, *answers_], "prompt", chat=False) if asked and answers_ else None
+    chat = isinstance(prompt, list) or isinstance(completion, list)
+    asked = reader.messages(prompt, "prompt") if isinstance(prompt, list) else _as_message(reader, "prompt", "user")
+    answers = reader.messages(completion, "completion") if isinstance(completion, list) else _as_message(reader, "completion", "assistant")
+    if chat:
+        asked = [replace(message, trained=False) for message in asked]
+    return reader.conversation([*asked, *answers], "prompt", chat=chat)
 
 
 def _as_message(reader: _Reader, name: str, role: str) -> list[Message]:

@@ -132,7 +132,7 @@ def _one(
     with_marks: str | RenderFault,
     train_on: str,
 ) -> tuple[str, list[Span], list[Span], str] | Problem:
-    places = _places(text, with_marks, conversation, wanted) or _search(render_all, conversation, wanted, text)
+    places = _places(text, with_marks, wanted) or _search(render_all, conversation, wanted, text)
     if isinstance(places, Problem):
         return places
     plain = _plain(render_all, tokens, conversation, text)
@@ -171,7 +171,7 @@ def _close(text: str, end: int, turns: Turns, *, calls: bool) -> tuple[int, str]
     return (match.end(), match[0].strip()) if match else (end, "")
 
 
-def _places(text: str, marked: str | RenderFault, conversation: Conversation, wanted: list[int]) -> list[tuple[int, int, bool]] | None:
+def _places(text: str, marked: str | RenderFault, wanted: list[int]) -> list[tuple[int, int, bool]] | None:
     """Places of all answers from one render with all marks; None when it does not hold for every answer."""
     if isinstance(marked, RenderFault) or _PRIVATE.sub("", marked) != text:
         return None

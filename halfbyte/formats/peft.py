@@ -31,7 +31,7 @@ from halfbyte.config.quant import LoftqBase
 from halfbyte.errors import AdapterError, StorageError
 from halfbyte.formats.peft_config import CONFIG_NAME, TASKS, config_text, pattern_value, read_config, refused
 from halfbyte.formats.peft_keys import Named, from_peft, to_peft
-from halfbyte.formats.safetensors_io import load_tensors
+from halfbyte.formats.safetensors_io import load_tensors, sync
 from halfbyte.formats.safetensors_io import save as save_tensors
 
 WEIGHTS_NAME, CARD_NAME, OWN_NAME = "adapter_model.safetensors", "README.md", "halfbyte.json"
@@ -114,17 +114,17 @@ def _staged(folder: Path) -> Iterator[Path]:
     try:
         staging.mkdir(parents=True)
         yield staging
-        _sync(staging)
+        sync(staging)
         if fresh:
             os.rename(staging, folder)
-            _sync(folder.parent)
+            sync(folder.parent)
             return
         (folder / CONFIG_NAME).unlink(missing_ok=True)
-        _sync(folder)
+        sync(folder)
         for name in (WEIGHTS_NAME, CARD_NAME, OWN_NAME, CONFIG_NAME):
             os.replace(staging / name, folder / name)
         (folder / "adapter_model.bin").unlink(missing_ok=True)
-        _sync(folder)
+        sync(folder)
     except OSError as failure:
         raise StorageError(
             "an adapter can be written", code="E-STORE-060", place=str(folder), found=str(failure),
@@ -139,14 +139,6 @@ def _write(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def model_card(config: LoraConfig, base_name: str | None, task: str | None, notes: tuple[str, ...]) -> str:

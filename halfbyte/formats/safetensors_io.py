@@ -233,9 +233,9 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
     staged = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staged, dict(metadata or {"format": "pt"}))
-        _sync(staged)
+        sync(staged)
         os.replace(staged, path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, RuntimeError) as failure:
         staged.unlink(missing_ok=True)
         raise _storage(path, failure) from failure
@@ -269,14 +269,14 @@ def save_sharded(
         if not single:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-            _sync(staging / INDEX)
+            sync(staging / INDEX)
         (folder / INDEX).unlink(missing_ok=True)
         for name in (*names, *([] if single else [INDEX])):
             os.replace(staging / name, folder / name)
         for old in folder.glob("model*.safetensors"):
             if old.name not in names and re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", old.name):
                 old.unlink()
-        _sync(folder)
+        sync(folder)
     except (OSError, RuntimeError) as failure:
         raise _storage(folder, failure) from failure
     finally:
@@ -306,7 +306,7 @@ def _storage(path: Path, failure: Exception) -> StorageError:
     )
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Ask the disk to keep what was written."""
     handle = os.open(path, os.O_RDONLY)
     try:

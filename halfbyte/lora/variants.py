@@ -36,11 +36,12 @@ def scaling_of(alpha: float, rank: int, rslora: bool) -> float:
 
 @torch.no_grad()
 def row_norms(weight_OI: Tensor, lora_a_RI: Tensor, lora_b_OR: Tensor, scaling: float) -> Tensor:
-    """||W + scaling B A|| of every row, (O,) in float32, in O(O * R) extra memory."""
-    w, a, b = weight_OI.float(), lora_a_RI.float(), lora_b_OR.float()
-    own = torch.linalg.vector_norm(w, dim=1).square()
-    crossed = ((w @ a.T) * b).sum(1)
-    update = ((b @ (a @ a.T)) * b).sum(1)
+    """||W + scaling B A|| of every row, (O,) in float32 also under autocast; beside W in float32 it takes O(O * R) memory."""
+    with torch.autocast(weight_OI.device.type, enabled=False):
+        w, a, b = weight_OI.float(), lora_a_RI.float(), lora_b_OR.float()
+        own = torch.linalg.vector_norm(w, dim=1).square()
+        crossed = ((w @ a.T) * b).sum(1)
+        update = ((b @ (a @ a.T)) * b).sum(1)
     # Rounding can push a row of almost zero length below zero.
     return (own + 2 * scaling * crossed + scaling**2 * update).clamp_min(0).sqrt()
 

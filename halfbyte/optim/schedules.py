@@ -48,8 +48,3 @@ def share_at(config: OptimConfig, step: int, total_steps: int) -> float:
         return step / warmup
     progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
     return SCHEDULES[config.schedule](progress, config.final_lr_share)
-
-
-def lr_at(config: OptimConfig, step: int, total_steps: int) -> float:
-    """Learning rate of optimizer step `step` (1 .. total_steps); `config.learning_rate` must be a number, not "auto"."""
-    return float(config.learning_rate) * share_at(config, step, total_steps)

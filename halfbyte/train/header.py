@@ -23,6 +23,7 @@ def header_of(training: "Training") -> Header:
     windows = train.global_batch_size // int(train.micro_batch_size)
     lines = [
         ("model", f"{assembled.source.name}, {count_text(assembled.total_params)} parameters, {bytes_text(assembled.weight_bytes)}"),
+        ("dtype", assembled.dtype + (f": {assembled.dtype_reason}" if assembled.dtype_reason else "")),
         ("method", f"{config.method}{stored}" + (", gradient checkpointing" if train.gradient_checkpointing else "")),
         ("trains", f"{count_text(assembled.trainable_params)} parameters, {percent_text(share)}"),
         ("optimizer", describe(training.groups)),

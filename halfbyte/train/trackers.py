@@ -13,7 +13,6 @@ from typing import Any
 from halfbyte.errors import EnvironmentFault
 from halfbyte.train.metrics import Header
 
-PACKAGE_OF = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 NOT_CURVES = ("step", "rows")
 
 
@@ -54,10 +53,10 @@ class Tracker:
 
 def require(name: str) -> ModuleType:
     """The tracker's package.  Raises EnvironmentFault naming what to install."""
-    if importlib.util.find_spec(PACKAGE_OF[name]) is None:
+    if importlib.util.find_spec(name) is None:
         raise EnvironmentFault(
             "a tracker needs its package", code="E-ENV-301", place="train.trackers", found=f"{name}, whose package is not installed",
-            expected=f"the package {PACKAGE_OF[name]}", remedy=f"pip install 'halfbyte[trackers]', or remove {name} from train.trackers",
+            expected=f"the package {name}", remedy=f"pip install 'halfbyte[trackers]', or remove {name} from train.trackers",
             nothing_done="Nothing was trained.",
         )
     return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)

@@ -225,6 +225,13 @@ def test_what_is_dropped_is_counted_and_told(tmp_path: Path, chatml: Any) -> Non
     assert cut.report.tokens + cut.report.tokens_dropped == data.report.tokens + data.report.tokens_dropped
 
 
+def test_what_is_dropped_of_the_held_out_rows_is_told_too(tmp_path: Path, chatml: Any) -> None:
+    held_out = write(tmp_path / "held_out.jsonl", [*PAIRS[:3], {"prompt": "y " * 300, "completion": "z"}])
+    data = load(write(tmp_path / "rows.jsonl", PAIRS[3:]), chatml, eval_path=str(held_out), max_tokens=200)
+    assert len(data.eval) == 3
+    assert [note for note in data.notes if note.startswith("held out: 1 of 4 rows exceed 200 tokens")]
+
+
 def test_what_a_template_adds_is_told(tmp_path: Path, backends: Any) -> None:
     """A date, an empty reasoning block, and a generation prompt that the rows do not have."""
     path = write(tmp_path / "rows.jsonl", PAIRS)

@@ -141,7 +141,7 @@ def test_a_closure_is_run_with_gradients_and_its_loss_returned() -> None:
     def closure() -> float:
         loss = parameter.square().sum()
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     assert optimizer.step(closure) == 3.0
     assert optimizer.step() is None and bool((parameter < 1).all())
