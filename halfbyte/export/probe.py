@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from halfbyte.models.modes import evaluating
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -33,20 +35,15 @@ class Difference:
     largest_logit: float
 
 
-@torch.no_grad()
 def logits_of(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str] = TEXTS) -> list[Tensor]:
     """For each text the logits (T, V) as float32, one text at a time so that no padding takes part."""
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
-    try:
-        found = []
+    found = []
+    with evaluating(model), torch.no_grad():
         for text in texts:
             ids = tokenizer(text, return_tensors="pt").input_ids[:, :LONGEST].to(device)
             found.append(model(input_ids=ids, use_cache=False).logits[0].float().cpu())
-        return found
-    finally:
-        model.train(was_training)
+    return found
 
 
 def compare(first: Sequence[Tensor], second: Sequence[Tensor]) -> Difference:

@@ -41,8 +41,9 @@ class BadSteps:
         after = capture_rng()
         restore_rng(random_state)
         where = training.micro.run(
-            lambda parts: numeric_check.locate(training.model, parts, training.loss_sum), window, step=progress.step, on_change=training.note
-        )
+            lambda parts: numeric_check.locate(training.model, parts, training.loss_sum), window,
+            step=progress.step, on_change=training.note,
+        )  # fmt: skip
         restore_rng(after)
         progress.skipped_steps += 1
         progress.bad_in_a_row += 1
