@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from halfbyte.cli.options import AllowDownload, ForceBase, MaxNewTokens, ModelOrRun, Quant, Seed, Temperature, TopP
+
 if TYPE_CHECKING:
     from halfbyte.evaluate.opened import Opened
 
@@ -140,20 +142,18 @@ def converse(talk: Talk, read: Callable[[], str]) -> None:
 
 
 def chat(
-    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model, a run folder or an adapter folder.")] = "starter",
+    model: ModelOrRun = "starter",
     adapter: Annotated[
         list[Path] | None, typer.Option("--adapter", metavar="DIR", help="An adapter folder to have at hand; may be given several times.")
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
-    quant: Annotated[
-        str | None, typer.Option("--quant", metavar="nf4|fp4|int8|none", help="Storage of the base; a run keeps its own.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 512,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 always takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens that make up this share.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
-    allow_download: Annotated[bool, typer.Option("--allow-download", help="Fetch a Hub id that is not here yet.")] = False,
-    force_base: Annotated[bool, typer.Option("--force-base", help="Accept an adapter that was trained on other weights.")] = False,
+    quant: Quant = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    allow_download: AllowDownload = False,
+    force_base: ForceBase = False,
 ) -> None:
     """Talk with a model; /help lists the commands."""
     from halfbyte import api, redact

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from halfbyte.cli.options import Template
+
 if TYPE_CHECKING:
     from halfbyte.data.load import TrainData
 
@@ -16,7 +18,6 @@ _SETTINGS = Annotated[
         metavar="[key=value]...", show_default=False, help="Settings of the data group, e.g. max_tokens=512 train_on=last-assistant."
     ),
 ]
-_TEMPLATE = Annotated[str | None, typer.Option("--template", metavar="FILE.jinja", help="A chat template instead of the model's own.")]
 
 
 def _load(file: Path, settings: list[str] | None, model: str, template: str | None) -> tuple["TrainData", Any]:
@@ -33,7 +34,7 @@ def _load(file: Path, settings: list[str] | None, model: str, template: str | No
     return load_data(config.data, tokenizer, model_limit=token_limit(source), template=template), tokenizer
 
 
-def check(file: _FILE, settings: _SETTINGS = None, model: _MODEL = "starter", template: _TEMPLATE = None) -> None:
+def check(file: _FILE, settings: _SETTINGS = None, model: _MODEL = "starter", template: Template = None) -> None:
     """Say whether a data file can be trained on, and what is in it.
 
     Reads the whole file as training would; exit code 2 and one block with every problem when it cannot be trained on.
@@ -70,7 +71,7 @@ def show(
     file: _FILE,
     settings: _SETTINGS = None,
     model: _MODEL = "starter",
-    template: _TEMPLATE = None,
+    template: Template = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="How many rows to show.")] = 3,
 ) -> None:
     """Show rows as the model will see them, with the trained tokens coloured.

@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
+from halfbyte.cli.options import Adapter, AllowDownload, ForceBase, ModelOrRun, Quant, Template
+
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model, a run folder or an adapter folder.")],
+    model: ModelOrRun,
     data: Annotated[Path, typer.Option("--data", metavar="FILE", help="Rows to judge by.")],
     metrics: Annotated[
         str,
@@ -16,18 +18,14 @@ def evaluate(
             "--metrics", metavar="NAMES", help="Also let the model answer and score it: exact_match,rouge1,rouge2,rougeL,bleu,chrf."
         ),
     ] = "",
-    adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="An adapter folder on top of MODEL.")] = None,
-    quant: Annotated[
-        str | None, typer.Option("--quant", metavar="nf4|fp4|int8|none", help="Storage of the base; a run keeps its own.")
-    ] = None,
+    adapter: Adapter = None,
+    quant: Quant = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, with --metrics.")] = 128,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows at a time; changes the speed, not the loss.")] = 8,
     max_rows: Annotated[int | None, typer.Option("--max-rows", help="Only the first N rows.")] = None,
-    template: Annotated[
-        str | None, typer.Option("--template", metavar="FILE.jinja", help="A chat template instead of the model's own.")
-    ] = None,
-    allow_download: Annotated[bool, typer.Option("--allow-download", help="Fetch a Hub id that is not here yet.")] = False,
-    force_base: Annotated[bool, typer.Option("--force-base", help="Accept an adapter that was trained on other weights.")] = False,
+    template: Template = None,
+    allow_download: AllowDownload = False,
+    force_base: ForceBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
 ) -> None:
     """Held-out loss and perplexity of a model on rows; a line `loss X` and, by choice, scores of its own answers."""

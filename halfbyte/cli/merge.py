@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from halfbyte.cli.options import AllowDownload, ForceBase
+
 
 def merge(
     run: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run folder or an adapter folder.")],
@@ -20,8 +22,8 @@ def merge(
     ] = "trained",
     dtype: Annotated[str, typer.Option("--dtype", metavar="bfloat16|float16|float32", help="Type of the written weights.")] = "bfloat16",
     model: Annotated[str | None, typer.Option("--model", metavar="M", help="The base, where the folder names none at hand.")] = None,
-    allow_download: Annotated[bool, typer.Option("--allow-download", help="Fetch a Hub id that is not here yet.")] = False,
-    force_base: Annotated[bool, typer.Option("--force-base", help="Accept an adapter that was trained on other weights.")] = False,
+    allow_download: AllowDownload = False,
+    force_base: ForceBase = False,
 ) -> None:
     """Fold an adapter into its base and write a model that any program can load; never quantized again.
 

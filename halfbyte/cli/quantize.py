@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from halfbyte.cli.options import AllowDownload
+
 
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="starter, a folder, a GGUF file or a Hub id.")],
@@ -12,7 +14,7 @@ def quantize(
     format: Annotated[str, typer.Option("--format", metavar="nf4|fp4|int8", help="Storage of the weights.")] = "nf4",
     blocksize: Annotated[int, typer.Option("--blocksize", help="Weights that share one scale (4-bit formats).")] = 64,
     double_quant: Annotated[bool, typer.Option("--double-quant/--no-double-quant", help="Store the scales in 8 bits too.")] = True,
-    allow_download: Annotated[bool, typer.Option("--allow-download", help="Fetch a Hub id that is not here yet.")] = False,
+    allow_download: AllowDownload = False,
 ) -> None:
     """Write a quantized copy of a model, with its size and the error made; loads here and in transformers with bitsandbytes."""
     from halfbyte import api

@@ -32,7 +32,7 @@ def exact_buffers(module: nn.Module) -> dict[str, Tensor]:
 def restore(model: nn.Module) -> int:
     """Put exact float32 frequencies into every rotary module of `model`; the number of modules.
 
-    Raises ModelError where a module cannot say its frequencies again and those it has are not float32.
+    Raises ModelError where a module makes other buffers from its config than it holds.
     """
     count = 0
     for name, module in rotary_modules(model):
