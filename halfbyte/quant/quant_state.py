@@ -1,7 +1,7 @@
 """What is needed, beside the packed bytes, to read a quantized tensor back.  Frozen: a state never changes after it is made."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -46,14 +46,4 @@ class QuantState:
     @property
     def numel(self) -> int:
         """Elements of the dense tensor."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    def map(self, move: Callable[[Tensor], Tensor]) -> "QuantState":
-        """A new state with `move` applied to each tensor, for instance to another device."""
-        nested = self.nested and replace(
-            self.nested, absmax2=move(self.nested.absmax2), codebook=move(self.nested.codebook), offset=move(self.nested.offset)
-        )
-        return replace(self, codebook=move(self.codebook), absmax=move(self.absmax), nested=nested)
+        return prod(self.shape)
