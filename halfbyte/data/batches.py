@@ -88,7 +88,8 @@ def collate(items: Sequence[Example | Packed], pad_id: int) -> Batch:
     classes = [item.label for item in examples if item.label is not None]
     if classes:
         return Batch(ids, torch.tensor(classes, dtype=torch.int64), mask, None, None, rows)
-    return Batch(ids, padded([[IGNORED, *item.labels[1:]] for item in examples], IGNORED), mask, None, None, rows)
+    labels = padded([[IGNORED, *item.labels[1:]] for item in examples], IGNORED)
+    return Batch(ids, labels, mask, None, None, rows)
 
 
 class _Windows(Dataset[list[Batch]]):

@@ -75,7 +75,7 @@ MUTANTS = [
     ),
     Mutant(
         trap="T14", name="an answer is searched in the text instead of marked", file="halfbyte/data/spans.py",
-        find="    places = _places(text, with_marks, conversation, wanted) or _search(render_all, conversation, wanted, text)",
+        find="    places = _places(text, with_marks, wanted) or _search(render_all, conversation, wanted, text)",
         replace="    places = [(text.find(conversation.messages[one].content), text.find(conversation.messages[one].content)\n"
         "               + len(conversation.messages[one].content), False) for one in wanted]",
         test=f"{TEMPLATES}::test_the_answer_that_stands_in_the_question_is_found_in_its_own_place",
