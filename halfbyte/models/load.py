@@ -22,7 +22,7 @@ from transformers import (
 
 from halfbyte import devices
 from halfbyte.config.quant import QuantConfig
-from halfbyte.errors import ModelError, UnsupportedError, WeightError
+from halfbyte.errors import ConfigError, ModelError, UnsupportedError, WeightError
 from halfbyte.formats import bnb4bit
 from halfbyte.formats.safetensors_io import TensorInfo
 from halfbyte.log import logger
@@ -34,14 +34,20 @@ from halfbyte.models.transformers_calls import plain_exceptions, quiet
 from halfbyte.quant.experts import QuantExperts
 from halfbyte.quant.linear import QuantLinear
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 _MAPPINGS: dict[str, Any] = {"causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING, "sequence-classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING}
 
 
 def choose_dtype(dtype: str = "auto") -> tuple[torch.dtype, str]:
-    """(dtype, why): "auto" is bfloat16 where the machine multiplies it natively, float32 elsewhere."""
+    """(dtype, why): "auto" is bfloat16 where the machine multiplies it natively, float32 elsewhere.  Raises ConfigError."""
     if dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype], "asked for"
+        if dtype not in DTYPES:
+            raise ConfigError(
+                "a model computes in one of two types", code="E-CONF-089", place="dtype", found=str(dtype),
+                expected="auto, float32, bfloat16",
+            )  # fmt: skip
+        return DTYPES[dtype], "asked for"
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
         return torch.bfloat16, "the GPU computes bfloat16"
     native = [flag for flag in devices.describe().isa if flag in NATIVE_BF16]

@@ -17,6 +17,14 @@ from halfbyte.units import bytes_text, seconds_text
 PLAIN_LINES = 100
 
 
+class Screen(Console):
+    """A console whose reader may leave (`| head`): the run goes on unseen; metrics.jsonl has everything."""
+
+    def on_broken_pipe(self) -> None:
+        """Write no more, instead of ending the program."""
+        self.quiet = True
+
+
 class Pace:
     """Seconds left, from the steps this process has done, evaluations and saves included."""
 
@@ -49,7 +57,7 @@ class PlainLines:
     """Lines for logs and pipes."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+        self.console = Screen(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
     def started(self, header: Header) -> None:
         """Print the header."""
@@ -89,7 +97,7 @@ class LiveView:
     """The live line of a terminal."""
 
     def __init__(self, drawn_on: Console | None = None) -> None:
-        self.console = drawn_on or Console(stderr=True, highlight=False, markup=False)
+        self.console = drawn_on or Screen(stderr=True, highlight=False, markup=False)
         self.progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=None),
             TextColumn("{task.fields[values]}"), console=self.console, expand=True,

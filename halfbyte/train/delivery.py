@@ -52,7 +52,7 @@ def save_adapter(training: "Training", folder: Path) -> None:
     found, config, source = collected(training.model), training.config, training.assembled.source
     peft.save(
         folder, found.tensors, found.config, kinds=found.kinds, targets=found.targets, parameters=found.parameters,
-        task=config.model.task, base_name=source.name, revision=config.model.revision, base_digest=source.weights, notes=found.notes,
+        task=config.model.task, base_name=config.model.name, revision=config.model.revision, base_digest=source.weights, notes=found.notes,
         loftq=found.loftq,
     )
 

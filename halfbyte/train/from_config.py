@@ -33,17 +33,32 @@ class Prepared:
 
 def prepare(config: RunConfig, *, resume: bool = False) -> Prepared:
     """Read the rows, then load and assemble the model.  Raises what these raise, and ConfigError when the folder holds a run already."""
-    RunFolder(Path(config.out)).check(resume=resume)
+    folder = RunFolder(Path(config.out))
+    folder.check(resume=resume)
     source = resolve(config.model.name, revision=config.model.revision, allow_download=config.model.allow_download)
     config = settled(config, source.folder)
     data = load_data(
-        config.data, load_tokenizer(source), model_limit=token_limit(source), template=config.model.template, labels=config.model.labels
-    )
+        config.data, load_tokenizer(source), model_limit=token_limit(source), template=config.model.template, labels=config.model.labels,
+        now=folder.template_time() if resume else None,
+    )  # fmt: skip
     for note in data.notes:
         logger().info("data: %s", terminal(note))
     if config.model.task == "sequence-classification" and not config.model.labels:
         config = config.model_copy(update={"model": config.model.model_copy(update={"labels": data.labels})})
-    return Prepared(config, data, assemble(config))
+    assembled = assemble(config)
+    return Prepared(anchored(config), data, assembled)
+
+
+def anchored(config: RunConfig) -> RunConfig:
+    """`config` with whole paths of the files it names, so that what is written down is found from any working directory."""
+
+    def whole(name: str | None) -> str | None:
+        path = Path(name or "").expanduser()
+        return str(path.absolute()) if name and (path.exists() or any(sign in name for sign in "*?[")) else name
+
+    model = {"template": whole(config.model.template)} | ({} if config.model.name == "starter" else {"name": whole(config.model.name)})
+    data = {"path": whole(config.data.path), "eval_path": whole(config.data.eval_path)}
+    return config.model_copy(update={"model": config.model.model_copy(update=model), "data": config.data.model_copy(update=data)})
 
 
 def train_prepared(prepared: Prepared, *, resume: bool = False, observers: Sequence[Observer] | None = None) -> TrainResult:

@@ -15,7 +15,7 @@ from halfbyte.errors import CheckpointError
 from halfbyte.redact import secrets
 
 FREE_TO_CHANGE = frozenset({
-    "out", "model.name", "model.revision", "model.allow_download", "data.path", "data.eval_path", "data.workers",
+    "out", "model.name", "model.revision", "model.allow_download", "model.template", "data.path", "data.eval_path", "data.workers",
     "train.epochs", "train.max_steps", "train.log_every_steps", "train.eval_every_steps", "train.save_every_steps",
     "train.keep_checkpoints", "train.keep_best", "train.early_stop_patience", "train.trackers", "train.sample_prompts",
     "train.verify_checkpoints", "train.threads", "train.on_nan",

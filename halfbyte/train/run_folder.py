@@ -7,6 +7,7 @@
     checkpoints/       see checkpoint.py            report.html, loss.png   written by halfbyte.pages
 """
 
+import datetime
 import json
 import os
 import secrets
@@ -106,7 +107,17 @@ class RunFolder:
         finally:
             new.unlink(missing_ok=True)
 
-    def write_start(self, config: RunConfig) -> None:
-        """config.yaml and environment.json."""
+    def write_start(self, config: RunConfig, template_time: str = "") -> None:
+        """config.yaml and environment.json; `template_time` is what the chat template was told (ISO 8601)."""
         self.write_text(self.config, to_yaml(config))
-        self.write_json(self.environment, {"machine": devices.describe().as_dict(), "versions": devices.versions()})
+        self.write_json(
+            self.environment,
+            {"machine": devices.describe().as_dict(), "versions": devices.versions(), "template_time": template_time},
+        )
+
+    def template_time(self) -> datetime.datetime | None:
+        """What the run's chat template was told at its start, so that a resumed run sees the same rows; None where that is not known."""
+        if not self.environment.is_file():
+            return None
+        noted = json.loads(self.environment.read_text()).get("template_time")
+        return datetime.datetime.fromisoformat(noted) if noted else None

@@ -117,7 +117,7 @@ class Training:
             self._go_on_from_checkpoint()
         else:
             self.folder.bad_batches.unlink(missing_ok=True)  # of an attempt that took no step
-        self.folder.write_start(self.config)
+        self.folder.write_start(self.config, self.data.now)
         self.metrics.cut(self.progress.metrics_offset)
         self.history = self.metrics.records()
         self.seconds_before = sum(record.get("seconds", 0.0) for record in self.history)

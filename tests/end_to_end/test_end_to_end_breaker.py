@@ -1,6 +1,11 @@
 """What hostile and clumsy users do: each of these once made the program lie, lose something or show a traceback."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,7 @@ from halfbyte.evaluate.opened import open_model
 from halfbyte.models.load import load_model
 from halfbyte.models.packing_probe import require_separate
 
+ROOT = Path(__file__).resolve().parents[2]
 SHORT = ("train.threads=1", "train.sample_prompts=0", "train.max_steps=2", "lora.rank=4")
 
 
@@ -169,3 +175,63 @@ def test_a_run_in_a_folder_with_an_unusual_name_can_be_used(run: Path, rows_file
 def test_an_adapter_that_is_none_is_not_passed_over(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for folder in (tiny_folder, tiny_folder / "nowhere"):
         refused(capsys, "E-ADAPT-082", "generate", tiny_folder, "hello", "--max-new-tokens", 2, "--adapter", folder)
+
+
+def test_a_run_is_found_from_another_directory(
+    tmp_path: Path, tiny_folder: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names were given relative to the directory of the training; another model of that name must not be taken for the base."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here").mkdir()
+    shutil.copytree(tiny_folder, tmp_path / "there" / "model")
+    shutil.copy(rows_file, tmp_path / "there" / "rows.jsonl")
+    (tmp_path / "there" / "own.jinja").write_text((tiny_folder / "chat_template.jinja").read_text())
+    monkeypatch.chdir(tmp_path / "there")
+    words = ["train", "--model", "model", "--data", "rows.jsonl", "--method", "lora", "--out", "run", *SHORT, "model.template=own.jinja"]
+    assert command(words) == 0
+    monkeypatch.chdir(tmp_path / "here")
+    assert command(["eval", "../there/run", "--data", "../there/rows.jsonl"]) == 0
+    assert command(["generate", "../there/run/adapter", "hello", "--max-new-tokens", "2"]) == 0
+    assert command(["merge", "../there/run", "--out", "merged"]) == 0
+    assert command(["train", "--resume", "../there/run", "train.max_steps=3"]) == 0, capsys.readouterr().err
+    named = json.loads((tmp_path / "there/run/adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(tmp_path / "there" / "model")
+
+
+def test_a_template_that_writes_the_time_is_told_the_same_time_on_resume(tmp_path: Path, tiny_folder: Path, rows_file: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{{ strftime_now('%d %b %Y %H:%M:%S') }}\n" + (tiny_folder / "chat_template.jinja").read_text()
+    )
+    settings: dict[str, Any] = {"train.threads": 1, "train.sample_prompts": 0, "lora.rank": 4, "optim.schedule": "constant"}
+    given: dict[str, Any] = {"model": folder, "data": rows_file, "method": "lora", **settings}
+    first = hb.train(**given, out=tmp_path / "run", **{"train.max_steps": 2})
+    noted = json.loads((tmp_path / "run" / "environment.json").read_text())["template_time"]
+    time.sleep(1.1)
+    again = hb.train(out=tmp_path / "run", resume=True, **{"train.max_steps": 4})
+    assert again.summary["steps"] == 4 and first.folder == again.folder
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["template_time"] == noted
+
+
+def test_training_goes_on_when_nobody_reads_its_lines(tmp_path: Path, tiny_folder: Path, rows_file: Path) -> None:
+    """`halfbyte train ... 2>&1 | head -1`: the reader leaves, the run does not."""
+    words = ["train", "--model", tiny_folder, "--data", rows_file, "--method", "lora", "--out", tmp_path / "run", *SHORT]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "halfbyte", *map(str, words)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        cwd=ROOT,
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+    )
+    assert process.stderr is not None
+    process.stderr.readline()
+    process.stderr.close()
+    assert process.wait(timeout=120) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+
+
+def test_types_are_asked_for_by_name(tiny_folder: Path) -> None:
+    for dtype in ("float16", torch.float32):
+        with pytest.raises(HalfbyteError, match="E-CONF-089"):
+            hb.load(tiny_folder, dtype=dtype)  # type: ignore[arg-type]
