@@ -15,7 +15,7 @@ from typing import Any
 
 from halfbyte.config.data import DataConfig
 from halfbyte.data.encoding import Encoder
-from halfbyte.data.faults import Problem, Problems, error_of
+from halfbyte.data.faults import NOTHING, Problem, Problems, error_of
 from halfbyte.data.rows import Rows, part_of_folder, read_rows
 from halfbyte.data.samples import Conversation, Sample, Shape, detect, samples_of
 from halfbyte.data.templates import Template, from_tokenizer
@@ -90,6 +90,24 @@ def load_data(
         names,
         "" if used is None else used.now.isoformat(),
         notes,
+    )
+
+
+def require_task(data: TrainData, *, classify: bool, place: str) -> None:
+    """Raise DataError unless these rows serve what the model does: choose a label, or write text."""
+    if classify and data.shape.name == "classification" and len(data.labels) > 1:
+        return
+    if not classify and data.shape.name != "classification":
+        return
+    wanted = "in each row a text and one of two or more labels" if classify else "conversations, prompts and answers, or plain text"
+    raise DataError(
+        "rows with labels train a classifier, all others a language model",
+        code="E-DATA-092",
+        place=place,
+        found=f"the shape {data.shape.name}" + (f" with the labels {', '.join(data.labels[:3])}" if data.labels else ""),
+        expected=wanted,
+        remedy="name other rows" if classify else "set model.task=sequence-classification, or data.shape",
+        nothing_done=NOTHING,
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from halfbyte.config import DataConfig, make
 from halfbyte.data.batches import Batch, Batches
-from halfbyte.data.load import TrainData, load_data
+from halfbyte.data.load import TrainData, load_data, require_task
 from halfbyte.errors import ConfigError, DataError, nearest
 from halfbyte.evaluate import generation
 from halfbyte.evaluate.classification import evaluate_classes
@@ -104,7 +104,9 @@ def _read(opened: Opened, data: str | Path, max_rows: int | None, train_on: str)
     longest = {"max_tokens": limit} if limit is not None else {}  # whatever a run was trained on: models are compared on the same rows
     columns = {name: getattr(opened.located.config.data, name) for name in COLUMNS} if opened.located.config is not None else {}
     config = make(DataConfig, {"path": str(data), "eval_rows": 0, "max_rows": max_rows, **longest, **columns, **shape, **own}, "data")
-    return load_data(config, opened.tokenizer, model_limit=limit, template=opened.template_path, labels=opened.labels)
+    read = load_data(config, opened.tokenizer, model_limit=limit, template=opened.template_path, labels=opened.labels)
+    require_task(read, classify=bool(opened.labels), place=str(data))
+    return read
 
 
 def _batches(read: TrainData, opened: Opened, batch_size: int) -> list[Batch]:

@@ -42,6 +42,7 @@ def generate(
     stream       called with each piece of text as it comes; one prompt only
     Raises ConfigError on settings out of range.
     """
+    _check_writes(model)
     _check(max_new_tokens, temperature, top_p, seed, batch_size, stream, len(prompts))
     token_lists = [tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     _check_room(model, token_lists, max_new_tokens)
@@ -146,6 +147,16 @@ class _Pieces(BaseStreamer):
 
 def _streamer(tokenizer: PreTrainedTokenizerBase, stream: Callable[[str], None] | None) -> BaseStreamer | None:
     return None if stream is None else _Pieces(tokenizer, stream)
+
+
+def _check_writes(model: nn.Module) -> None:
+    can_generate = getattr(model, "can_generate", None)
+    if can_generate is None or not can_generate():
+        raise ConfigError(
+            "only a model that writes text can answer", code="E-CONF-068", place=type(model).__name__,
+            found="a model without a language head",
+            remedy="judge a classifier with: halfbyte eval", nothing_done="Nothing was generated.",
+        )  # fmt: skip
 
 
 def _check(max_new_tokens: int, temperature: float, top_p: float, seed: int, batch_size: int, stream: object, count: int) -> None:

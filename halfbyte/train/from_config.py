@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.config.run import RunConfig
-from halfbyte.data.load import TrainData, load_data
+from halfbyte.data.load import TrainData, load_data, require_task
 from halfbyte.log import logger
 from halfbyte.models.assemble import Assembled, assemble
 from halfbyte.models.load import load_tokenizer, token_limit
@@ -41,6 +41,7 @@ def prepare(config: RunConfig, *, resume: bool = False) -> Prepared:
         config.data, load_tokenizer(source), model_limit=token_limit(source), template=config.model.template, labels=config.model.labels,
         now=folder.template_time() if resume else None,
     )  # fmt: skip
+    require_task(data, classify=config.model.task == "sequence-classification", place=config.data.path)
     for note in data.notes:
         logger().info("data: %s", terminal(note))
     if config.model.task == "sequence-classification" and not config.model.labels:

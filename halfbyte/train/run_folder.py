@@ -119,5 +119,8 @@ class RunFolder:
         """What the run's chat template was told at its start, so that a resumed run sees the same rows; None where that is not known."""
         if not self.environment.is_file():
             return None
-        noted = json.loads(self.environment.read_text()).get("template_time")
-        return datetime.datetime.fromisoformat(noted) if noted else None
+        try:
+            noted = json.loads(self.environment.read_bytes()).get("template_time")
+            return datetime.datetime.fromisoformat(noted) if noted else None
+        except (ValueError, AttributeError, TypeError):  # damaged: should it have mattered, the rows' digest says so
+            return None

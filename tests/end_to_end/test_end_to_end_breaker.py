@@ -235,3 +235,28 @@ def test_types_are_asked_for_by_name(tiny_folder: Path) -> None:
     for dtype in ("float16", torch.float32):
         with pytest.raises(HalfbyteError, match="E-CONF-089"):
             hb.load(tiny_folder, dtype=dtype)  # type: ignore[arg-type]
+
+
+def test_rows_and_task_must_agree(tmp_path: Path, tiny_folder: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labelled = tmp_path / "labelled.jsonl"
+    labelled.write_text("".join(json.dumps({"text": f"text {number}", "label": "ab"[number % 2]}) + "\n" for number in range(8)))
+    one = tmp_path / "one.jsonl"
+    one.write_text("".join(json.dumps({"text": f"text {number}", "label": "a"}) + "\n" for number in range(8)))
+    short = [word for word in SHORT if not word.startswith("train.sample_prompts")]
+    words = ("train", "--model", tiny_folder, "--method", "lora", "--out", tmp_path / "run", *short)
+    refused(capsys, "E-DATA-092", *words, "--data", labelled)
+    refused(capsys, "E-DATA-092", *words, "--data", one, "model.task=sequence-classification")
+    refused(capsys, "E-DATA-092", "eval", tiny_folder, "--data", labelled)
+    assert command([str(word) for word in (*words, "--data", labelled, "model.task=sequence-classification")]) == 0
+    refused(capsys, "E-CONF-068", "generate", tmp_path / "run", "hello", "--max-new-tokens", 2)
+
+
+def test_a_damaged_log_does_not_stop_a_resume(tmp_path: Path, tiny_folder: Path, rows_file: Path) -> None:
+    out = tmp_path / "run"
+    words = ["train", "--model", tiny_folder, "--data", rows_file, "--method", "lora", "--out", out, *SHORT]
+    assert command([str(word) for word in words]) == 0
+    with (out / "metrics.jsonl").open("ab") as file:
+        file.write(b"\0\xff torn by a power cut\n")
+    (out / "environment.json").write_text("{")
+    assert command(["train", "--resume", str(out), "train.max_steps=3"]) == 0
+    assert [record["step"] for record in hb.Run.open(out).metrics() if "lr" in record] == [1, 2, 3]
