@@ -1,5 +1,6 @@
 """What the machine has: figures that must agree with a second way of asking."""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -22,11 +23,13 @@ def test_describe_names_this_machine() -> None:
 
 def test_memory_figures_follow_an_allocation() -> None:
     before_anon, before_rss = devices.rss_anon_bytes(), devices.rss_bytes()
-    block = torch.ones(64 * 2**20, dtype=torch.uint8)
+    block = mmap.mmap(-1, 64 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # fresh pages, whatever the allocator has kept
+    for page in range(0, len(block), mmap.PAGESIZE):
+        block[page] = 1
     assert devices.rss_anon_bytes() - before_anon > 60 * 2**20
     assert devices.rss_bytes() - before_rss > 60 * 2**20
     assert devices.peak_rss_bytes() >= before_rss + 60 * 2**20
-    del block
+    block.close()
 
 
 def test_threads_are_set_and_never_zero() -> None:
