@@ -18,6 +18,8 @@ from halfbyte import surgery
 from halfbyte.errors import AdapterError, ConfigError
 from halfbyte.evaluate.opened import open_model
 from halfbyte.export import folder, probe
+from halfbyte.lora.inject import updates
+from halfbyte.lora.layer import LoraLinear
 from halfbyte.lora.merge import merge
 from halfbyte.models.save import save_dense
 from halfbyte.quant.dense import dense_weight, with_weight
@@ -98,6 +100,16 @@ def merge_to_folder(
             remedy="name a run of method qlora or lora, or an adapter folder",
             nothing_done="Nothing was merged.",
         )
+    biased = [name for name, layer in updates(opened.model).items() if isinstance(layer, LoraLinear) and _new_bias(layer)]
+    if biased:
+        raise AdapterError(
+            "a merged model has the layers its config.json describes",
+            code="E-ADAPT-083",
+            place=str(run),
+            found=f"an update with a bias for {len(biased)} layers that have none, e.g. {biased[0]}",
+            remedy="use the adapter unmerged",
+            nothing_done="Nothing was merged.",
+        )
     storage = opened.located.config.quant_format if opened.located.config else "none"
     unmerged = probe.logits_of(opened.model, opened.tokenizer)
     if onto == "original" and storage != "none":
@@ -113,6 +125,10 @@ def merge_to_folder(
     del opened, report
     difference = probe.compare(unmerged, _logits_of_folder(out, dtype))
     return Merged(out, onto, base, storage, dtype, count, dequantized, error, untied, folder.size_of(out), difference)
+
+
+def _new_bias(layer: LoraLinear) -> bool:
+    return layer.lora_bias is not None and getattr(layer.frozen_base, "bias", None) is None
 
 
 def write_out(model: nn.Module) -> int:

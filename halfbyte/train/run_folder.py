@@ -74,6 +74,12 @@ class RunFolder:
 
     def check(self, *, resume: bool) -> None:
         """Raise ConfigError when the folder holds a run that took a step, and `resume` is false; writes nothing."""
+        foreign = self._foreign()
+        if foreign:
+            raise ConfigError(
+                "a run must not be written over other files", code="E-CONF-304", place=str(self.path), found=", ".join(foreign),
+                expected="a new folder, or that of a run", remedy="name another folder with out", nothing_done="Nothing was trained.",
+            )  # fmt: skip
         there = [name for name in MARKS_OF_A_RUN if (self.path / name).exists()]
         if any(record["step"] > 0 for record in metrics.read(self.metrics)):
             there.append(self.metrics.name)
@@ -83,6 +89,14 @@ class RunFolder:
                 expected="a folder without a run", remedy="name another folder with out, or resume this run",
                 nothing_done="Nothing was trained.",
             )
+
+    def _foreign(self) -> list[str]:
+        """Files that a run would write over or hide, and that no run has put here: a model's, somebody's own config.yaml."""
+        model = [name for name in ("config.json", "adapter_config.json") if (self.path / name).exists()]
+        if self.metrics.exists():
+            return model
+        own = (self.config, self.environment, self.summary, self.samples, self.path / "report.html", self.path / "loss.png")
+        return model + [file.name for file in own if file.exists()]
 
     def open(self, *, resume: bool) -> None:
         """Make the folder.  Raises ConfigError as `check` does, StorageError when it cannot be made."""

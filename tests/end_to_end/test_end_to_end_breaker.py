@@ -260,3 +260,26 @@ def test_a_damaged_log_does_not_stop_a_resume(tmp_path: Path, tiny_folder: Path,
     (out / "environment.json").write_text("{")
     assert command(["train", "--resume", str(out), "train.max_steps=3"]) == 0
     assert [record["step"] for record in hb.Run.open(out).metrics() if "lr" in record] == [1, 2, 3]
+
+
+def test_a_run_is_not_written_over_other_files(
+    tmp_path: Path, tiny_folder: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--out .` beside one's own config.yaml would replace it; `--out MODEL` would make the model's name mean the run."""
+    own = tmp_path / "config.yaml"
+    own.write_text(f"model: {tiny_folder}\ndata: {rows_file}\nmethod: lora\n")
+    text = own.read_text()
+    refused(capsys, "E-CONF-304", "train", own, "--out", tmp_path, *SHORT)
+    assert own.read_text() == text and os.listdir(tmp_path) == ["config.yaml"]
+    before = sorted(os.listdir(tiny_folder))
+    refused(capsys, "E-CONF-304", "train", own, "--out", tiny_folder, *SHORT)
+    assert sorted(os.listdir(tiny_folder)) == before
+
+
+def test_an_update_with_a_bias_is_not_merged_into_layers_without(
+    tmp_path: Path, tiny_folder: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("train", "--model", tiny_folder, "--data", rows_file, "--method", "lora", "--out", tmp_path / "run", *SHORT)
+    assert command([str(word) for word in (*words, "lora.lora_bias=true")]) == 0
+    refused(capsys, "E-ADAPT-083", "merge", tmp_path / "run", "--out", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
