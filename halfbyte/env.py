@@ -5,6 +5,7 @@
 | HALFBYTE_CACHE      | folder for the starter model and converted files               | ~/.cache/halfbyte   |
 | HALFBYTE_KERNELS    | which kernels serve: auto, reference, cpu, triton              | auto                |
 | HALFBYTE_FAULTS     | fault points for crash tests, e.g. checkpoint.write:kill:3     | none                |
+| NUMBA_CPU_NAME      | make CPU kernels for this processor (with NUMBA_CPU_FEATURES)  | this machine's      |
 | RANK                | set by a launcher of several processes; only number 0 speaks   | 0                   |
 | NO_COLOR            | any value switches colours off                                 | unset               |
 """
@@ -24,6 +25,11 @@ def cache_dir() -> Path:
 def kernels() -> str:
     """The forced kind of kernel, or "auto"; an unknown word is returned as it is, for the kernel listing to refuse."""
     return os.environ.get("HALFBYTE_KERNELS", "auto")
+
+
+def numba_processor() -> tuple[str, str]:
+    """(name, features) of the processor to compile for, as numba's own variables say; empty: this machine's."""
+    return os.environ.get("NUMBA_CPU_NAME", ""), os.environ.get("NUMBA_CPU_FEATURES", "")
 
 
 def faults() -> str:

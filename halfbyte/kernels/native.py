@@ -1,0 +1,350 @@
+"""CPU kernels as Python functions over pointers: compiled once by numba, kept as object code, run by torch's own threads.
+
+    @native("x: T*, y: T*, columns: i64, factor: f32", T=("bf16", "f32"))
+    def scale(x, y, columns, factor, first, last):            # rows first..last; two more arguments than the signature
+        for i in range(first * columns, last * columns):
+            store(y, i, load(x, i) * factor)
+
+    scale(rows, x, y, columns, 2.0)                           # all rows, split over torch.get_num_threads() threads
+
+T is one type per call, taken from the dtype of the first tensor named so.  bf16 arrives as its 16 bits: `load` widens to float32 and
+`store` rounds to nearest even.  A kernel allocates nothing, raises nothing, keeps nothing.
+
+Why not numba's own door.  (1) It compiles in every process, for its cache is read with pickle.  Here the optimized code is one object
+file per kernel and type in the cache folder, under a name that holds the sources, the versions and the processor; a warm start imports
+llvmlite alone.  (2) Its threads would stand beside torch's, which wait by spinning on the same cores.  A kernel is entered through the
+OpenMP library that torch has loaded, so it runs on the very threads that ran the matrix product before it.  Where there is no such
+library (it is looked for under Linux) plain threads share the rows.
+
+Object code is code: the cache folder is used only where it belongs to this user and nobody else can write to it, and a file only with
+its checksum (docs/threat-model.md).  Sources: https://numba.readthedocs.io, https://llvmlite.readthedocs.io
+"""
+
+import ctypes
+import hashlib
+import os
+import re
+import struct
+import tempfile
+import threading
+from collections.abc import Callable
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from halfbyte import env
+
+TYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64, "u8": torch.uint8, "i8": torch.int8, "i32": torch.int32, "i64": torch.int64}
+_NAMES = {dtype: name for name, dtype in TYPES.items()}
+_LLVM = {"i64": "i64", "f32": "float", "f64": "double"}
+_NUMBA = {"bf16": "uint16", "f32": "float32", "f64": "float64", "u8": "uint8", "i8": "int8", "i32": "int32", "i64": "int64"}
+_CALLS = re.compile(r"^declare .*?@(?!llvm\.)\"?([\w.]+)", re.MULTILINE)
+_DEFINED = re.compile(r'^define .*?@("[^"]+"|[\w.$]+)\(', re.MULTILINE)
+MATHS = frozenset({"memcpy", "memset", "memmove", "expf", "exp", "logf", "log", "sqrtf", "sqrt", "tanhf", "tanh", "powf", "fmodf"})
+Function = TypeVar("Function", bound=Callable[..., Any])
+SMALL = 1 << 14  # elements: below it waking a second thread costs more than it saves
+
+_inlined: list[Callable[..., Any]] = []
+
+
+def inline(function: Function) -> Function:
+    """Mark a function that kernels may call; it is compiled into each of them."""
+    _inlined.append(function)
+    return function
+
+
+def load(pointer: Any, index: Any) -> Any:
+    """pointer[index] as float32 (float64 stays)."""
+    raise NotImplementedError("inside kernels only")
+
+
+def store(pointer: Any, index: Any, value: Any) -> None:
+    """pointer[index] = value, rounded to nearest even where the pointer is narrower."""
+    raise NotImplementedError("inside kernels only")
+
+
+class Native:
+    """One kernel in all its types; call it with the number of items (rows, blocks) and the arguments of its signature.
+
+    lazy  `function` returns the kernel when called: for kernels that need numba's own tools at hand
+    fast  sums may be reordered and products fused: for sums over rows, never where bits must agree with another program's
+    """
+
+    def __init__(self, function: Callable[..., Any], signature: str, types: tuple[str, ...], fast: bool, lazy: bool) -> None:
+        self.function, self.types, self.fast, self.lazy = function, types, fast, lazy
+        self.parameters = [tuple(part.strip() for part in item.split(":")) for item in signature.split(",")]
+        self.name = f"{function.__module__.removeprefix('halfbyte.kernels.')}.{function.__name__}"
+        self._entries: dict[str, tuple[int, Any]] = {}
+        self.__doc__ = function.__doc__
+
+    def __call__(self, count: int, *arguments: Any, work: int | None = None) -> None:
+        """Run items 0..count; `work` is about how many elements all of them have (default: those of the largest tensor).
+
+        Tensors must be contiguous and on the CPU; what their shapes must be is the caller's to check.
+        """
+        kind, slots = "", [count, 0, 0]
+        largest = 0
+        for (name, typed), value in zip(self.parameters, arguments, strict=True):
+            if typed.endswith("*"):
+                if value is None:
+                    slots.append(0)
+                    continue
+                if typed == "T*" and not kind:
+                    kind = _NAMES[value.dtype]
+                wanted = TYPES[kind if typed == "T*" else typed[:-1]]
+                if value.dtype != wanted or not value.is_contiguous() or value.device.type != "cpu":
+                    raise TypeError(f"{self.name}: {name} must be a contiguous {wanted} tensor on the CPU, found {value.dtype} {value.stride()}")
+                largest = max(largest, value.numel())
+                slots.append(value.data_ptr())
+            else:
+                slots.append(_slot(typed, value))
+        entry = self._entries.get(kind)
+        if entry is None:
+            entry = self._entries[kind] = self._build(kind)
+        threads = min(torch.get_num_threads(), count) if (largest if work is None else work) > SMALL else 1
+        _run(entry, slots, threads)
+
+    def _build(self, kind: str) -> tuple[int, Any]:
+        if kind and kind not in self.types:
+            raise TypeError(f"{self.name} is not made for {kind}, but for {', '.join(self.types)}")
+        return _load_object(f"{self.name}.{kind}" if kind else self.name, lambda: self._compile(kind))
+
+    def _compile(self, kind: str) -> str:
+        """The kernel's optimized LLVM assembly with its two doors."""
+        from numba import njit, types
+
+        _teach_numba()
+        scalars = {name: getattr(types, numba_name) for name, numba_name in _NUMBA.items()}
+        typed = [
+            types.CPointer(scalars[kind if text == "T*" else text[:-1]]) if text.endswith("*") else scalars[text]
+            for _, text in self.parameters
+        ]
+        signature = types.void(*typed, types.int64, types.int64)
+        flags = {"reassoc", "nsz", "arcp", "contract"} if self.fast else False
+        kernel = self.function() if self.lazy else self.function
+        made = njit(signature, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, fastmath=flags)(kernel)
+        code = made.inspect_llvm(made.signatures[0])
+        foreign = set(_CALLS.findall(code)) - MATHS
+        if foreign:
+            raise TypeError(f"{self.name} calls {', '.join(sorted(foreign))}: a kernel allocates nothing and raises nothing")
+        called = next(name for name in _DEFINED.findall(code) if self.function.__name__ in name or self.lazy)
+        return code + _doors(called, [text for _, text in self.parameters])
+
+
+def native(signature: str, *, T: tuple[str, ...] = (), fast: bool = False, lazy: bool = False) -> Callable[[Callable[..., Any]], Native]:
+    """Make a kernel of a function; see the module.  Types: u8 i8 i32 i64 f32 f64 bf16, `*` for a pointer, T for one of several."""
+    return lambda function: Native(function, signature, T, fast, lazy)
+
+
+def _slot(typed: str, value: Any) -> int:
+    if typed == "f32":
+        return int.from_bytes(struct.pack("<f", value), "little")
+    if typed == "f64":
+        return int.from_bytes(struct.pack("<d", value), "little")
+    return int(value)
+
+
+def _doors(called: str, typed: list[str]) -> str:
+    """LLVM assembly: `range(slots, first, last)`, and `share(slots)` that each thread of a team enters.
+
+    slots   count, address of omp_get_thread_num, address of omp_get_num_threads, then the arguments, 64 bits each
+    """
+    lines = []
+    names = []
+    for index, text in enumerate(typed):
+        at, value = f"%p{index}", f"%v{index}"
+        kind = "ptr" if text.endswith("*") else _LLVM[text]
+        lines += [f"  {at} = getelementptr i64, ptr %slots, i64 {index + 3}", f"  {value} = load {kind}, ptr {at}"]
+        names.append(f"{kind} {value}")
+    loads, passed = "\n".join(lines), ", ".join([*names, "i64 %first", "i64 %last"])
+    return f"""
+define void @halfbyte_range(ptr %slots, i64 %first, i64 %last) {{
+  %result = alloca [4 x i64]
+  %failure = alloca ptr
+{loads}
+  %status = call i32 @{called}(ptr %result, ptr %failure, {passed})
+  ret void
+}}
+define void @halfbyte_share(ptr %slots) {{
+  %count = load i64, ptr %slots
+  %at1 = getelementptr i64, ptr %slots, i64 1
+  %number = load ptr, ptr %at1
+  %at2 = getelementptr i64, ptr %slots, i64 2
+  %size = load ptr, ptr %at2
+  %me = call i32 %number()
+  %all = call i32 %size()
+  %i = zext i32 %me to i64
+  %n = zext i32 %all to i64
+  %a = mul i64 %count, %i
+  %first = sdiv i64 %a, %n
+  %j = add i64 %i, 1
+  %b = mul i64 %count, %j
+  %last = sdiv i64 %b, %n
+  call void @halfbyte_range(ptr %slots, i64 %first, i64 %last)
+  ret void
+}}
+"""
+
+
+@cache
+def _team() -> tuple[Any, int, int]:
+    """(GOMP_parallel, address of omp_get_thread_num, of omp_get_num_threads) of the library torch has loaded; None where there is none."""
+    maps = Path("/proc/self/maps")
+    found = re.findall(r"\S*/libgomp[^/\s]*\.so[^/\s]*", maps.read_text()) if maps.is_file() else []
+    if not found:
+        return None, 0, 0
+    library = ctypes.CDLL(found[0])
+    library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    library.GOMP_parallel.restype = None
+    number, size = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in (library.omp_get_thread_num, library.omp_get_num_threads))
+    return library.GOMP_parallel, number, size
+
+
+def _run(entry: tuple[int, Any], slots: list[int], threads: int) -> None:
+    share, run_range = entry
+    count = slots[0]
+    if threads <= 1:
+        run_range((ctypes.c_uint64 * len(slots))(*slots), 0, count)
+        return
+    parallel, slots[1], slots[2] = _team()
+    packed = (ctypes.c_uint64 * len(slots))(*[slot & 0xFFFFFFFFFFFFFFFF for slot in slots])
+    if parallel is not None:
+        parallel(share, packed, threads, 0)
+        return
+    edges = [count * part // threads for part in range(threads + 1)]
+    helpers = [threading.Thread(target=run_range, args=(packed, edges[part], edges[part + 1])) for part in range(1, threads)]
+    for helper in helpers:
+        helper.start()
+    run_range(packed, edges[0], edges[1])
+    for helper in helpers:
+        helper.join()
+
+
+_taught = 0
+
+
+def _teach_numba() -> None:
+    """Let numba compile `load`, `store` and everything marked `inline` so far."""
+    global _taught
+    from numba import types
+    from numba.extending import overload, register_jitable
+
+    from halfbyte.kernels.scalars import narrow, widen
+
+    if _taught == 0:
+
+        @overload(load)
+        def _load(pointer: Any, index: Any) -> Any:
+            def widened(pointer: Any, index: Any) -> Any:
+                return widen(pointer[index])
+
+            def plain(pointer: Any, index: Any) -> Any:
+                return pointer[index]
+
+            return widened if pointer.dtype == types.uint16 else plain
+
+        @overload(store)
+        def _store(pointer: Any, index: Any, value: Any) -> Any:
+            def narrowed(pointer: Any, index: Any, value: Any) -> Any:
+                pointer[index] = narrow(value)
+
+            def plain(pointer: Any, index: Any, value: Any) -> Any:
+                pointer[index] = value
+
+            return narrowed if pointer.dtype == types.uint16 else plain
+
+    for function in _inlined[_taught:]:
+        register_jitable(function)
+    _taught = len(_inlined)
+
+
+# ---- object code, in memory and on disk
+
+
+@cache
+def processor() -> tuple[str, str]:
+    """(name, features) that code is made for: this machine's, or what NUMBA_CPU_NAME and NUMBA_CPU_FEATURES say instead."""
+    from llvmlite import binding
+
+    name, features = env.numba_processor()
+    return name or binding.get_host_cpu_name(), features if features or name else binding.get_host_cpu_features().flatten()
+
+
+@cache
+def _engine() -> tuple[Any, Any]:
+    from llvmlite import binding
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    name, features = processor()
+    machine = binding.Target.from_default_triple().create_target_machine(cpu=name, features=features, opt=3, jit=True, codemodel="jitdefault")
+    return binding, machine
+
+
+_kept: list[Any] = []
+_lock = threading.Lock()
+
+
+def _load_object(name: str, compile: Callable[[], str]) -> tuple[int, Any]:
+    """(address of `share`, callable `range`) of a kernel, from the cache folder or compiled now."""
+    with _lock:
+        binding, machine = _engine()
+        folder = _folder()
+        path = None if folder is None else folder / f"{name}.o"
+        code = _read(path)
+        if code is None:
+            module = binding.parse_assembly(compile())
+            module.verify()
+            code = machine.emit_object(module)
+            _write(path, code)
+        engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+        engine.add_object_file(binding.ObjectFileRef.from_data(code))
+        engine.finalize_object()
+        _kept.append(engine)
+        kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        return engine.get_function_address("halfbyte_share"), kind(engine.get_function_address("halfbyte_range"))
+
+
+@cache
+def _folder() -> Path | None:
+    """Where object code is kept; None where the folder cannot be made or is not this user's alone."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(source.read_bytes())
+    for package in ("numba", "llvmlite"):
+        digest.update(metadata.version(package).encode())
+    digest.update("|".join(processor()).encode())
+    folder = env.cache_dir() / "kernels" / digest.hexdigest()[:16]
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for place in (folder, folder.parent):
+            seen = place.stat()
+            if hasattr(os, "getuid") and (seen.st_uid != os.getuid() or seen.st_mode & 0o022):
+                return None
+    except OSError:
+        return None
+    return folder
+
+
+def _read(path: Path | None) -> bytes | None:
+    """The object code behind its checksum; None where there is none or it was changed."""
+    if path is None or not path.is_file():
+        return None
+    content = path.read_bytes()
+    return content[32:] if hashlib.sha256(content[32:]).digest() == content[:32] else None
+
+
+def _write(path: Path | None, code: bytes) -> None:
+    """Whole or not at all; a full disk only means that the next process compiles again."""
+    if path is None:
+        return
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(hashlib.sha256(code).digest() + code)
+        os.replace(file.name, path)
+    except OSError:
+        Path(file.name).unlink(missing_ok=True)
