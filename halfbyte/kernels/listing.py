@@ -5,10 +5,15 @@ per implementation returns the reason why it does not serve; an empty reason mea
 fastest is taken; HALFBYTE_KERNELS forces one, and a forced one that cannot serve raises instead of falling back.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from halfbyte import env
 from halfbyte.errors import UnsupportedError, nearest
@@ -40,10 +45,19 @@ def _cpu(device: str) -> str:
     return _numba_missing() if device == "cpu" else "written for the CPU"
 
 
+@cache
+def _triton_missing() -> str:
+    return "" if importlib.util.find_spec("triton") else "the package triton is not installed"
+
+
+def _triton(device: str) -> str:
+    return _triton_missing() if device == "cuda" else "written for CUDA"
+
+
 # op -> implementations, fastest first
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[[str], str]]] = {
-    "quantize_blockwise": {"cpu": _cpu, "reference": _reference},
-    "dequantize_blockwise": {"cpu": _cpu, "reference": _reference},
+    "quantize_blockwise": {"cpu": _cpu, "triton": _triton, "reference": _reference},
+    "dequantize_blockwise": {"cpu": _cpu, "triton": _triton, "reference": _reference},
     "matmul_4bit": {"reference": _reference},
     "linear_cross_entropy": {"reference": _reference},
 }
@@ -73,6 +87,23 @@ def chosen(op: str, device: str) -> str:
             remedy="set HALFBYTE_KERNELS=auto",
         )
     return forced
+
+
+_FILES = {"reference": "reference", "cpu": "cpu", "triton": "triton_gpu"}
+
+
+@cache
+def _module(op: str, name: str) -> Any:
+    return importlib.import_module(f"halfbyte.kernels.{op}.{_FILES[name]}")
+
+
+def implementation(op: str, like: Tensor) -> Any:
+    """The module that serves `op` where `like` is: its `cpu`, `triton_gpu` or `reference`, imported on first use.
+
+    float64 is there to check gradients with and always takes the reference.  Raises what `chosen` raises.
+    """
+    name = chosen(op, like.device.type)
+    return _module(op, "reference" if like.dtype == torch.float64 else name)
 
 
 def table() -> list[OpRow]:

@@ -32,7 +32,7 @@ def test_a_forced_choice_that_cannot_serve_raises(forced: str, monkeypatch: pyte
     monkeypatch.setenv("HALFBYTE_KERNELS", forced)
     with pytest.raises(UnsupportedError):
         quantize_blockwise(torch.randn(64), CODEBOOKS["nf4"], 64)
-    assert not any(row.serves for row in listing.table())
+    assert not any(row.serves for row in listing.table() if row.device == "cpu")
 
 
 def test_importing_kernels_imports_no_numba_and_starts_no_thread() -> None:
