@@ -48,12 +48,18 @@ MATHS = frozenset({"memcpy", "memset", "memmove", "expf", "exp", "logf", "log", 
 Function = TypeVar("Function", bound=Callable[..., Any])
 SMALL = 1 << 14  # elements: below it waking a second thread costs more than it saves
 
-_inlined: list[Callable[..., Any]] = []
+_inlined: list[tuple[Callable[..., Any], set[str] | bool]] = []
 
 
 def inline(function: Function) -> Function:
-    """Mark a function that kernels may call; it is compiled into each of them."""
-    _inlined.append(function)
+    """Mark a function that kernels may call; it is compiled into each of them, its own sums in their order whatever the kernel's are."""
+    _inlined.append((function, False))
+    return function
+
+
+def inline_fused(function: Function) -> Function:
+    """`inline` for functions whose products and sums may be fused into one instruction; never reordered."""
+    _inlined.append((function, {"contract"}))
     return function
 
 
@@ -257,8 +263,9 @@ def _teach_numba() -> None:
 
             return narrowed if pointer.dtype == types.uint16 else plain
 
-    for function in _inlined[_taught:]:
-        register_jitable(function)
+    for function, flags in _inlined[_taught:]:
+        # said for each: numba would hand the calling kernel's flags down, and reordering undoes the rounding steps of `exp`
+        register_jitable(fastmath=flags)(function)
     _taught = len(_inlined)
 
 

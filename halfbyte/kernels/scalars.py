@@ -7,7 +7,7 @@ number; this is 15 instructions for 16 numbers.  Source of the two-part ln 2: W.
 
 import numpy as np
 
-from halfbyte.kernels.native import inline
+from halfbyte.kernels.native import inline, inline_fused
 
 _INV_LN2 = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693359375)
@@ -32,7 +32,7 @@ def narrow(value):  # type: ignore[no-untyped-def]
     return np.uint16((bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16))
 
 
-@inline
+@inline_fused
 def exp(x):  # type: ignore[no-untyped-def]
     """e^x of a float32."""
     held = min(max(x, _LOWEST), _HIGHEST)
