@@ -1,0 +1,95 @@
+"""The gated MLP of a decoder layer as one function: residual add, norm, gate and up, activation, down, residual add.
+
+    s = r + d                              the residual stream; d is what attention adds to it
+    n = RMSNorm(s)
+    g = n W_g^T ...    u = n W_u^T ...     with low-rank updates (kernels/lora_linear)
+    out = s + (act(g) * u) W_d^T ...
+
+Kept for the backward pass: s, 1/rms, g, u.  n and act(g) * u are computed again from them, which costs no matrix product.  With keep=False g and u
+are computed again too (two products).  The product with W_d is never repeated: the backward pass does not need its result.
+
+Source: https://arxiv.org/abs/2002.05202 (SwiGLU); which tensors to keep: docs/memory.md
+Shapes: r, d (T, H) -> out (T, H);  g, u (T, F)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels.gated_mlp import gated_act, gated_act_backward
+from halfbyte.kernels.lora_linear import Norm, Projection, project, project_backward
+from halfbyte.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """inner: gate and up, or one projection holding both, gate first; down; act as in kernels/gated_mlp."""
+
+    inner: tuple[Projection, ...]
+    down: Projection
+    act: str
+
+
+def gated_mlp(residual_TH: Tensor, delta_TH: Tensor, norm: Norm, mlp: Mlp, keep: bool = True) -> Tensor:
+    """(T, H) the residual stream after the block; differentiable in both inputs and all factors."""
+    factors = [factor for projection in (*mlp.inner, mlp.down) for factor in projection.factors]
+    bare = Mlp(tuple(_bare(p) for p in mlp.inner), _bare(mlp.down), mlp.act)
+    return _GatedMlp.apply(residual_TH, delta_TH, norm, bare, keep, *factors)
+
+
+def _bare(p: Projection) -> Projection:
+    return Projection(p.weight, p.bias, None, None, p.scaling if p.factors else 0.0)
+
+
+def _split(mlp: Mlp, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    if len(outputs) == 2:
+        return outputs[0], outputs[1]
+    gate, up = outputs[0].chunk(2, dim=-1)
+    return gate.contiguous(), up.contiguous()
+
+
+class _GatedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, delta: Tensor, norm: Norm, mlp: Mlp, keep: bool, *factors: Tensor) -> Tensor:
+        summed, normed, rstd = add_rms_norm(residual, delta, norm.weight, norm.eps, norm.form)
+        inner = sum(2 for p in mlp.inner if p.scaling)
+        gate, up = _split(mlp, project(normed, mlp.inner, factors[:inner]))
+        del normed
+        (out,) = project(gated_act(gate, up, mlp.act), (mlp.down,), factors[inner:])
+        out.add_(summed)
+        kept = (gate, up) if keep else ()
+        ctx.save_for_backward(summed, rstd, *kept, *factors)
+        ctx.norm, ctx.mlp, ctx.keep, ctx.inner = norm, mlp, keep, inner
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (dout,) = upstream
+        dout = dout.contiguous()
+        norm, mlp, inner = ctx.norm, ctx.mlp, ctx.inner
+        summed, rstd, *rest = ctx.saved_tensors
+        factors = rest[2:] if ctx.keep else rest
+        normed = rms_norm(summed, norm.weight, norm.eps, norm.form)[0]
+        gate, up = rest[:2] if ctx.keep else _split(mlp, project(normed, mlp.inner, factors[:inner]))
+        dh = _into_down(dout, mlp.down, factors[inner:])
+        h, dgate, dup = gated_act_backward(dh, gate, up, mlp.act)
+        del dh, gate, up
+        down_gradients = project_backward(h, (dout,), (mlp.down,), factors[inner:], False)[1]
+        del h
+        dinner = (dgate, dup) if len(mlp.inner) == 2 else (torch.cat([dgate, dup], dim=-1),)
+        dnormed, inner_gradients = project_backward(normed, dinner, mlp.inner, factors[:inner], True)
+        assert dnormed is not None
+        dsummed = rms_norm_backward(dnormed, summed, norm.weight, rstd, norm.form, dout)
+        return (dsummed, dsummed, None, None, None, *inner_gradients, *down_gradients)
+
+
+def _into_down(dout: Tensor, down: Projection, factors: Sequence[Tensor]) -> Tensor:
+    """d(act(g) * u) = dout W_d + s (dout B) A."""
+    dh = dout @ down.weight(dout.dtype)
+    if down.scaling:
+        a, b = factors
+        dh.addmm_(dout @ b.to(dout.dtype), a.to(dout.dtype), alpha=down.scaling)
+    return dh

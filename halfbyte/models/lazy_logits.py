@@ -1,0 +1,146 @@
+"""Logits that are computed when somebody looks at them.
+
+    model(input_ids, labels=...).loss         in training: no logits are made, the loss comes from kernels/linear_cross_entropy
+    outputs.logits.argmax(-1)                 the logits, made then
+
+In training the output layer answers with hidden states and weight instead of their product.  What transformers' own loss does with logits (cast,
+view, scale, soft-cap, cross entropy) is noted or answered; any other use of them makes them.  So a plain loop, transformers.Trainer and
+whoever reads `outputs.logits` work as before, and the usual case holds no (tokens, vocabulary) tensor.
+
+The output layer is taken over like a decoder layer: an instance of a subclass of its own class with the same parameters.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from halfbyte import surgery
+from halfbyte.kernels.linear_cross_entropy import linear_cross_entropy
+
+
+class LazyLogits(Tensor):
+    """softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), not computed yet; (..., V) like the logits it stands for."""
+
+    @staticmethod
+    def of(hidden: Tensor, head: nn.Linear, shape: torch.Size, dtype: torch.dtype, scale: float = 1.0, softcap: float | None = None, bent: bool = False) -> "LazyLogits":
+        """`bent`: the tanh has been taken, the factor behind it not yet."""
+        made = torch.Tensor._make_wrapper_subclass(LazyLogits, shape, dtype=dtype, device=hidden.device, requires_grad=hidden.requires_grad)  # type: ignore[attr-defined]
+        made.hidden, made.head, made.scale, made.softcap, made.bent = hidden, head, scale, softcap, bent
+        return made
+
+    def with_(self, **changes: Any) -> "LazyLogits":
+        """The same with other settings."""
+        kept = {"shape": self.shape, "dtype": self.dtype, "scale": self.scale, "softcap": self.softcap, "bent": self.bent, **changes}
+        return LazyLogits.of(self.hidden, self.head, kept["shape"], kept["dtype"], kept["scale"], kept["softcap"], kept["bent"])
+
+    def made(self) -> Tensor:
+        """The logits, differentiable."""
+        own = F.linear(self.hidden, self.head.weight, self.head.bias)
+        logits = own.to(self.dtype).reshape(self.shape)
+        logits = logits if self.scale == 1.0 else logits * self.scale
+        if self.bent:
+            return torch.tanh(logits)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    @classmethod
+    def __torch_function__(cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if getattr(function, "__name__", "") == "__get__":  # shape, dtype, device, requires_grad ...
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **named)
+        answer = _answer(function, args, named)
+        if answer is not None:
+            return answer
+        return function(*_real(args), **_real(named))
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        return function(*_real(args), **_real(kwargs or {}))
+
+
+def _real(value: Any) -> Any:
+    """Every lazy tensor in a structure of arguments, made."""
+    if isinstance(value, LazyLogits):
+        return value.made()
+    if isinstance(value, (tuple, list)):
+        return type(value)(_real(item) for item in value)
+    return {key: _real(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _answer(function: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """What stays lazy, and the loss; None for everything else."""
+    lazy = args[0] if args else None
+    if not isinstance(lazy, LazyLogits):
+        return None
+    if function is Tensor.float and lazy.dtype in (torch.bfloat16, torch.float16, torch.float32):
+        return lazy.with_(dtype=torch.float32)
+    if function in (Tensor.view, Tensor.reshape) and not named and all(isinstance(size, int) for size in args[1:]):
+        sizes, vocabulary = args[1:], lazy.shape[-1]
+        if len(sizes) == 2 and sizes[1] == vocabulary:
+            return lazy.with_(shape=torch.Size([lazy.numel() // vocabulary, vocabulary]))
+    if function in (Tensor.mul, Tensor.__mul__, Tensor.div, Tensor.__truediv__, torch.mul, torch.div) and len(args) == 2 and not named:
+        return _times(lazy, args[1], function in (Tensor.div, Tensor.__truediv__, torch.div))
+    if function in (torch.tanh, Tensor.tanh) and not lazy.bent and lazy.softcap is None:
+        return lazy.with_(bent=True)
+    if function is F.cross_entropy:
+        return _loss(*args, **named)
+    return None
+
+
+def _times(lazy: LazyLogits, factor: Any, divided: bool) -> LazyLogits | None:
+    if not isinstance(factor, (int, float)) or lazy.softcap is not None or not factor:
+        return None
+    if not lazy.bent:
+        return lazy.with_(scale=lazy.scale / factor if divided else lazy.scale * factor)
+    if divided:
+        return None
+    return lazy.with_(bent=False, softcap=float(factor), scale=lazy.scale * factor)
+
+
+def _loss(
+    lazy: LazyLogits, labels: Tensor, weight: Any = None, size_average: Any = None, ignore_index: int = -100, reduce: Any = None,
+    reduction: str = "mean", label_smoothing: float = 0.0,
+) -> Tensor | None:  # fmt: skip
+    """F.cross_entropy of lazy logits (N, V); None where it is asked for something the fused loss does not do."""
+    if weight is not None or size_average is not None or reduce is not None or label_smoothing or reduction not in ("mean", "sum"):
+        return None
+    if ignore_index != -100 or lazy.bent or lazy.ndim != 2 or labels.ndim != 1 or labels.is_floating_point():
+        return None
+    hidden = lazy.hidden.reshape(-1, lazy.hidden.shape[-1])
+    total = linear_cross_entropy(hidden, lazy.head.weight, labels, bias=lazy.head.bias, softcap=lazy.softcap, scale=lazy.scale)
+    return total if reduction == "sum" else total / (labels != ignore_index).sum()
+
+
+class LazyHead:
+    """The forward of an output layer in training; `class_for` joins it with the layer's own class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., H) -> (..., V), lazily where gradients are recorded in training mode."""
+        if self.training and torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):  # type: ignore[attr-defined]
+            return LazyLogits.of(x, self, torch.Size([*x.shape[:-1], self.out_features]), x.dtype)  # type: ignore[arg-type,attr-defined]
+        return super().forward(x)  # type: ignore[misc,no-any-return]
+
+
+@cache
+def class_for(original: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of an output layer's class that answers lazily."""
+    return type(f"Lazy{original.__name__}", (LazyHead, original), {"__module__": __name__})
+
+
+def make_lazy(model: Any) -> bool:
+    """Let the output layer of a language model answer lazily; False where it is not a plain dense linear layer."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if isinstance(head, LazyHead):
+        return True
+    if type(head) is not nn.Linear:
+        return False
+    name = next(name for name, module in model.named_modules() if module is head)
+    kind = class_for(type(head))
+    lazy = kind.__new__(kind)
+    lazy.__dict__.update(head.__dict__)
+    surgery.replace(model, name, lazy)
+    return True

@@ -1,0 +1,275 @@
+"""What a decoder layer is made of, found by the names and kinds of its parts and proved by running it beside the original.
+
+    fuse(model)     every decoder layer is taken over by `decoder_layer.FusedLayer`, or none, with the reason
+
+Names alone do not say what a layer computes (where a norm stands, in which order it casts, whether positions rotate), so the possible
+readings are tried in turn on what the model itself hands to the layer: twelve tokens of two packed samples go through the original once, each
+layer's input and output are noted, and the first reading that gives the output is taken.  Layers that agree in classes and in all plain
+settings share a reading.  A layer that no reading fits keeps the model on its original layers, for a batch without dense masks
+needs all layers to read boundaries.  Windows longer than the probe are taken from the settings; tests with short ones prove the rule.
+
+Does not: LayerNorm, interleaved rotation, attention sinks, ALiBi.  `doctor MODEL` prints what was found.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte import surgery
+from halfbyte.kernels.gated_mlp import gated_act
+from halfbyte.kernels.rms_norm import rms_norm
+from halfbyte.log import logger
+from halfbyte.models.decoder_layer import FusedLayer, Plan, _eps, class_for, run, take_over
+from halfbyte.models.modes import evaluating
+from halfbyte.models.rows import announce, rows_from
+
+TOKENS = (7, 5)
+ROUNDINGS = 16
+ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}
+NORM_PLACES = (
+    ("input_layernorm", "", "post_attention_layernorm", ""),
+    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+    ("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
+    ("attention_layernorm", "", "feedforward_layernorm", ""),
+)
+ACTS = ("silu", "gelu_tanh", "gelu")
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What `fuse` did: how many layers run on own ops, whose MLP does too, and why not (empty: all do)."""
+
+    layers: int
+    gated: int
+    reason: str = ""
+
+
+class Unfit(Exception):
+    """A part that no reading knows; the text is the reason."""
+
+
+@dataclass
+class _Seen:
+    hidden: Tensor
+    angles: Any
+    output: Tensor
+
+
+def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """name -> layer of the model's longest list of equal-named layers that hold an attention."""
+    return {
+        name: module for name, module in model.named_modules() if hasattr(module, "self_attn") and name.rpartition(".")[2].isdigit()
+    }
+
+
+def fuse(model: Any, policy: str = "keep") -> Fused:
+    """Take over the model's decoder layers where all of them fit; calling it again only sets the policy."""
+    layers = decoder_layers(model)
+    backbone = getattr(model, "base_model", model)
+    if layers and all(isinstance(layer, FusedLayer) for layer in layers.values()):
+        for layer in layers.values():
+            layer.__dict__["policy"] = policy
+        return _counted(layers)
+    try:
+        plans = _plans(model, backbone, layers)
+    except Unfit as unfit:
+        logger().debug("own decoder layers are not used: %s", unfit)
+        return Fused(0, 0, str(unfit))
+    for name, layer in layers.items():
+        surgery.replace(model, name, take_over(layer, plans[name], policy))
+    backbone.register_forward_pre_hook(announce, with_kwargs=True)
+    return _counted(decoder_layers(model))
+
+
+def _counted(layers: dict[str, nn.Module]) -> Fused:
+    gated = sum(bool(layer.plan.gated) for layer in layers.values())  # type: ignore[union-attr]
+    return Fused(len(layers), gated, "" if gated == len(layers) else f"the MLP of {len(layers) - gated} layers is not a gated one of known parts")
+
+
+def _plans(model: Any, backbone: nn.Module, layers: dict[str, nn.Module]) -> dict[str, Plan]:
+    if not layers:
+        raise Unfit("no decoder layers with a self_attn were found")
+    kinds = {name: _kind(layer) for name, layer in layers.items()}
+    firsts: dict[Any, str] = {}
+    for name, kind in kinds.items():
+        firsts.setdefault(kind, name)
+    readings = {kind: list(_readings(layers[name])) for kind, name in firsts.items()}
+    seen, rows = _watch(model, backbone, {name: layers[name] for name in firsts.values()})
+    plans: dict[Any, Plan] = {}
+    for kind, name in firsts.items():
+        plans[kind] = _fitting(name, layers[name], readings[kind], seen[name], rows)
+    return {name: plans[kind] for name, kind in kinds.items()}
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """Classes and plain settings of a layer's parts; what numbers a layer is left out."""
+    parts: list[Any] = []
+    for name, module in layer.named_modules():
+        if name.count(".") > 1:
+            continue
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, (int, float, str, bool, type(None)))}
+        for numbered in ("layer_idx", "layer_id", "training"):
+            plain.pop(numbered, None)
+        parts.append((name, type(module), tuple(sorted(plain.items(), key=lambda item: item[0]))))
+    return tuple((name, kind, tuple((key, str(value)) for key, value in plain)) for name, kind, plain in parts)
+
+
+def _readings(layer: nn.Module) -> Iterator[Plan]:
+    """Plans the names allow, the likely first.  Raises Unfit where a part is unknown."""
+    attention, mlp = layer.self_attn, getattr(layer, "mlp", None)
+    assert isinstance(attention, nn.Module)
+    parts = dict(attention.named_children())
+    strange = [name for name in (*parts, *dict(attention.named_parameters(recurse=False))) if name not in ATTENTION_PARTS]
+    qkv = ("qkv_proj",) if "qkv_proj" in parts else ("q_proj", "k_proj", "v_proj")
+    if strange or any(name not in parts for name in (*qkv, "o_proj")):
+        raise Unfit(f"{type(attention).__name__} has parts {', '.join(sorted(parts)) or 'without names'}" + (f" and {strange[0]}" if strange else ""))
+    if mlp is None:
+        raise Unfit(f"{type(layer).__name__} has no mlp")
+    if not getattr(attention, "is_causal", True):
+        raise Unfit("attention looks ahead")
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules()) or getattr(attention, "attention_dropout", 0):
+        raise Unfit("the layer has dropout of its own")
+    norms = {name for name, child in layer.named_children() if "norm" in name}
+    places = [place for place in NORM_PLACES if {name for name in place if name} == norms]
+    if not places:
+        raise Unfit(f"norms {', '.join(sorted(norms)) or 'without names'} are not placed in a known way")
+    forms = {name: _form(getattr(layer, name)) for name in norms}
+    forms.update({name: _form(getattr(attention, name)) for name in ("q_norm", "k_norm") if name in parts})
+    head_dim, heads, groups = _heads(attention)
+    inner = _inner(mlp)
+    for place, rotary, gated in product(places, (True, False), (_act(mlp), "") if inner else ("",)):
+        yield Plan(
+            place, qkv, inner if gated else (), _qk_norm(parts, attention, heads * head_dim, head_dim), forms, gated,
+            float(getattr(layer, "residual_multiplier", 1.0)), _window(attention), float(getattr(attention, "attn_logit_softcapping", None) or 0.0),
+            float(attention.scaling), heads, groups, head_dim, rotary,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+def _heads(attention: Any) -> tuple[int, int, int]:
+    """(head width, query heads, key-value heads)."""
+    config = getattr(attention, "config", None)
+    head_dim, repeats = getattr(attention, "head_dim", None), getattr(attention, "num_key_value_groups", None)
+    heads = getattr(config, "num_attention_heads", None)
+    if not all(isinstance(value, int) for value in (head_dim, repeats, heads)) or not isinstance(getattr(attention, "scaling", None), float):
+        raise Unfit(f"{type(attention).__name__} does not say head_dim, heads and scaling")
+    return head_dim, heads, heads // repeats
+
+
+def _window(attention: Any) -> int:
+    """The layer's own sliding window, or the config's where the layer says nothing of its kind; 0 is none."""
+    if hasattr(attention, "sliding_window"):
+        return int(attention.sliding_window or 0)
+    config = attention.config
+    types = getattr(config, "layer_types", None)
+    if types is not None and types[attention.layer_idx] != "sliding_attention":
+        if types[attention.layer_idx] != "full_attention":
+            raise Unfit(f"attention of kind {types[attention.layer_idx]}")
+        return 0
+    return int(getattr(config, "sliding_window", None) or 0)
+
+
+def _qk_norm(parts: dict[str, nn.Module], attention: nn.Module, width: int, head_dim: int) -> str:
+    if "q_norm" not in parts:
+        return ""
+    size = parts["q_norm"].weight.numel()  # type: ignore[union-attr,operator]
+    return {head_dim: "head", width: "width"}.get(size, "") or _refuse(f"a query norm of {size} weights")
+
+
+def _refuse(reason: str) -> str:
+    raise Unfit(reason)
+
+
+@torch.no_grad()
+def _form(module: Any) -> int:
+    """Which formula of kernels/rms_norm the module computes, tried on numbers of its own type."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 1 or getattr(module, "bias", None) is not None:
+        raise Unfit(f"{type(module).__name__} is no RMSNorm")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, weight.numel(), generator=generator).to(weight.device, weight.dtype) * 3 + 1
+    wanted = module(x)
+    try:
+        errors = [float((rms_norm(x, weight, _eps(module), form)[0].float() - wanted.float()).abs().max()) for form in (0, 1, 2)]
+    except TypeError as unknown:
+        raise Unfit(str(unknown)) from None
+    best = min(range(3), key=errors.__getitem__)
+    if not errors[best] <= ROUNDINGS * torch.finfo(weight.dtype).eps * float(wanted.float().abs().max()):
+        raise Unfit(f"{type(module).__name__} is no RMSNorm of a known form")
+    return best
+
+
+def _inner(mlp: nn.Module) -> tuple[str, ...]:
+    """Names of the projections before the activation; nothing where the MLP is not a gated one of known parts."""
+    linear = {name for name, _ in mlp.named_children() if name.endswith("_proj")}
+    if any(parameter.ndim != 1 for _, parameter in mlp.named_parameters(recurse=False)):
+        return ()
+    known = {frozenset({"gate_proj", "up_proj", "down_proj"}): ("gate_proj", "up_proj"), frozenset({"gate_up_proj", "down_proj"}): ("gate_up_proj",)}
+    return known.get(frozenset(linear), ())
+
+
+@torch.no_grad()
+def _act(mlp: nn.Module) -> str:
+    """Which activation the MLP's own function is; empty where it is another."""
+    function = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
+    if function is None:
+        return ""
+    x = torch.linspace(-6, 6, 97)
+    wanted, one = function(x), torch.ones_like(x)
+    return next((act for act in ACTS if torch.allclose(gated_act(x, one, act), wanted, atol=2e-6)), "")
+
+
+def _watch(model: Any, backbone: nn.Module, layers: dict[str, nn.Module]) -> tuple[dict[str, _Seen], Any]:
+    """What each of `layers` got and gave when two packed samples went through the original model."""
+    device = next(model.parameters()).device
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.tensor([[(7 * step + 3) % vocabulary for step in range(sum(TOKENS))]], device=device)
+    positions = torch.cat([torch.arange(count, device=device) for count in TOKENS])[None]
+    seen: dict[str, _Seen] = {}
+
+    def note(name: str) -> Any:
+        def after(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            hidden = inputs[0] if inputs else named["hidden_states"]
+            result = output[0] if isinstance(output, tuple) else output
+            seen[name] = _Seen(hidden, named.get("position_embeddings"), result)
+
+        return after
+
+    handles = [layer.register_forward_hook(note(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        with evaluating(model), torch.no_grad():
+            backbone(input_ids=ids, position_ids=positions, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if set(seen) != set(layers):
+        raise Unfit("some decoder layers are not called")
+    rows = rows_from((1, sum(TOKENS)), None, positions)
+    return seen, rows
+
+
+@torch.no_grad()
+def _fitting(name: str, layer: nn.Module, readings: list[Plan], seen: _Seen, rows: Any) -> Plan:
+    """The first reading that gives what the original gave."""
+    wanted = seen.output.float().reshape(-1, seen.output.shape[-1])
+    hidden = seen.hidden.reshape(-1, seen.hidden.shape[-1])
+    added = (wanted - hidden.float()).abs().max().clamp_min(1e-30)
+    allowed = ROUNDINGS * torch.finfo(seen.output.dtype).eps * max(float(added), float(wanted.abs().max()) / 4)
+    nearest = float("inf")
+    with evaluating(layer):
+        for plan in readings:
+            if plan.rotary and not isinstance(seen.angles, tuple):
+                continue
+            found = run(layer, replace(plan), hidden, seen.angles, rows, "keep").float()
+            difference = float((found - wanted).abs().max())
+            if difference <= allowed:
+                return plan
+            nearest = min(nearest, difference)
+    raise Unfit(f"{type(layer).__name__} ({name}) computes something else: nearest {nearest:.2g}, allowed {allowed:.2g}")
+
+
+__all__ = ["Fused", "Unfit", "class_for", "decoder_layers", "fuse"]
