@@ -13,7 +13,7 @@ Sources: https://github.com/huggingface/transformers (modeling files of each fam
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -175,12 +175,13 @@ _COMMON_KEYS = {
 # Configs may leave out what their family's code fills in (transformers' configuration files).
 _BIAS_UNSAID = {"gpt_neox": True, "starcoder2": True}
 _HEAD_DIM_UNSAID = {"gemma": 256, "gemma2": 256, "gemma3_text": 256, "qwen3": 128}
+_USED_UNSAID = {"mixtral": 2, "olmoe": 8, "qwen3_moe": 8}
 _UNEVEN = ("mlp_only_layers", "decoder_sparse_step")
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model's sizes and all its weights."""
+    """A model's sizes and all its weights; `sizes` holds every number by its word (queries, keys, inner, experts ...)."""
 
     model_type: str
     hidden: int
@@ -188,6 +189,7 @@ class ModelShape:
     vocab: int
     max_positions: int
     weights: tuple[Weight, ...]
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> "ModelShape":
@@ -227,7 +229,7 @@ class ModelShape:
             around = [Weight(w.name, w.kind, w.size, w.bias, tied=True) if w.kind == "head" else w for w in around]
         if values.get("do_layer_norm_before") is False:
             around = [weight for weight in around if weight.kind != "norm"]
-        return cls(str(kind), sizes["hidden"], sizes["layers"], sizes["vocab"], sizes["positions"], (*around, *layer))
+        return cls(str(kind), sizes["hidden"], sizes["layers"], sizes["vocab"], sizes["positions"], (*around, *layer), sizes)
 
     @property
     def total_params(self) -> int:
@@ -279,6 +281,9 @@ def _sizes(values: Mapping[str, Any], family: Family, place: str) -> dict[str, i
     sizes["queries_keys_values"] = sizes["queries"] + 2 * sizes["keys"]
     sizes["thrice_hidden"], sizes["twice_inner"] = 3 * sizes["hidden"], 2 * sizes["inner"]
     sizes["twice_expert"] = 2 * sizes.get("expert", 0)
+    if "experts" in sizes:
+        used = values.get("num_experts_per_tok") or _USED_UNSAID.get(kind, 2)
+        sizes["experts_per_token"] = min(_whole({"num_experts_per_tok": used}, "num_experts_per_tok", place), sizes["experts"])
     sizes["positions_and_two"] = sizes["positions"] + 2  # OPT keeps two unused rows before the first position
     return sizes
 

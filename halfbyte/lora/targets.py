@@ -1,59 +1,20 @@
 """Which modules carry an adapter: names and patterns -> modules.  A target that matches nothing raises, with the nearest names.
 
-How a pattern meets a name:
-
-| pattern | matches |
-|---|---|
-| `all-linear`                 | every linear layer and all fused experts, but not the head, routers, or what is trained whole |
-| `q_proj`, `self_attn.q_proj` | modules of exactly this name or ending in "." + it; a module `my_q_proj` is not meant |
-| `.*layers\\.[01]\\..*_proj`  | (any other character than letters, digits, "_" and ".") whole names by regular expression |
-| `experts.gate_up_proj`       | a fused expert parameter, by the name of its module + "." + its own |
-
-Sources: the rules are PEFT's, https://huggingface.co/docs/peft/package_reference/lora (exact ends instead of bare suffixes).
+`all-linear` means every linear layer and all fused experts, but not the head, routers, or what is trained whole; how any other pattern
+meets a name stands in config/patterns.py.
 """
 
-import re
 from collections.abc import Iterable
 
 from torch import nn
 
 from halfbyte.config.lora import LoraConfig
+from halfbyte.config.patterns import ALL_LINEAR, first_match, in_layers, matches
 from halfbyte.errors import TargetError, nearest
 from halfbyte.quant.dense import is_linear_like
 from halfbyte.quant.experts import expert_shapes
 
-ALL_LINEAR = "all-linear"
 CLASSIFIER_HEADS = ("score", "classifier")
-PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]+")
-
-
-def compiled(pattern: str) -> re.Pattern[str]:
-    """The pattern as a regular expression; TargetError where it is not one."""
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise TargetError(
-            "a pattern must be a module name or a regular expression", code="E-TARGET-005", found=pattern, expected=str(error),
-        ) from None  # fmt: skip
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a target pattern means this module.
-
-    >>> matches("q_proj", "model.layers.0.self_attn.q_proj"), matches("q_proj", "my_q_proj"), matches(r".*\\.[qv]_proj", "a.v_proj")
-    (True, False, True)
-    """
-    if PLAIN_NAME.fullmatch(pattern):
-        return name == pattern or name.endswith("." + pattern)
-    return compiled(pattern).fullmatch(name) is not None
-
-
-def first_match(patterns: Iterable[str], name: str) -> str | None:
-    """The pattern of a per-module table that means `name`: itself, else the first that matches at a dot of the name, else None."""
-    patterns = list(patterns)
-    if name in patterns:
-        return name
-    return next((pattern for pattern in patterns if compiled(rf"(.*\.)?({pattern})$").match(name)), None)
 
 
 def rank_of(config: LoraConfig, name: str) -> int:
@@ -123,12 +84,6 @@ def fully_trained(model: nn.Module, config: LoraConfig) -> list[str]:
             raise no_match("lora.fully_trained", pattern, names)
     chosen = [name for name in names if any(matches(pattern, name) for pattern in config.fully_trained)]
     return [name for name in chosen if not any(name.startswith(other + ".") for other in chosen)]
-
-
-def in_layers(name: str, layers: tuple[int, ...]) -> bool:
-    """Whether the first number among the parts of the name is one of `layers`; empty means all."""
-    number = next((part for part in name.split(".") if part.isdigit()), None)
-    return not layers or (number is not None and int(number) in layers)
 
 
 def resolve(model: nn.Module, config: LoraConfig) -> list[str]:

@@ -6,8 +6,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from halfbyte.quant.storage_cost import NESTED_BLOCKSIZE
+
 FORMATS = ("nf4", "fp4", "int8")
-NESTED_BLOCKSIZE = 256
 
 
 @dataclass(frozen=True)

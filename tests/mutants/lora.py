@@ -51,7 +51,7 @@ MUTANTS = [
     Mutant("T39", "the input is cast to the type of the stored weight", "halfbyte/lora/layer.py", "h.to(lora_a.dtype)",
            "h.to(self.frozen_base.weight.dtype).to(lora_a.dtype)",
            f"{PARITY}::test_packed_base_equals_peft_on_the_same_dequantized_weights"),
-    Mutant("T46", "names are matched by bare endings", "halfbyte/lora/targets.py", 'name == pattern or name.endswith("." + pattern)',
+    Mutant("T46", "names are matched by bare endings", "halfbyte/config/patterns.py", 'name == pattern or name.endswith("." + pattern)',
            "name.endswith(pattern)", f"{INJECT}::test_names_are_matched_whole"),
     Mutant("T46", "factors are drawn in the order of a set", "halfbyte/lora/inject.py", "_wrap(model, config, names, kinds).items():",
            "((name, updates(model)[name]) for name in {*_wrap(model, config, names, kinds)}):",
