@@ -84,6 +84,8 @@ class Native:
         self.function, self.types, self.fast, self.lazy = function, types, fast, lazy
         self.parameters = [tuple(part.strip() for part in item.split(":")) for item in signature.split(",")]
         self.name = f"{function.__module__.removeprefix('halfbyte.kernels.')}.{function.__name__}"
+        # what a call looks at, worked out once: (name, wanted dtype; None for T and for numbers; what the number is)
+        self._plan = [(name, TYPES.get(typed[:-1]) if typed.endswith("*") else None, typed) for name, typed in self.parameters]
         self._entries: dict[str, tuple[int, Any]] = {}
         self.__doc__ = function.__doc__
 
@@ -92,22 +94,22 @@ class Native:
 
         Tensors must be contiguous and on the CPU; what their shapes must be is the caller's to check.
         """
-        kind, slots = "", [count, 0, 0]
-        largest = 0
-        for (name, typed), value in zip(self.parameters, arguments, strict=True):
-            if typed.endswith("*"):
-                if value is None:
-                    slots.append(0)
-                    continue
-                if typed == "T*" and not kind:
-                    kind = _NAMES[value.dtype]
-                wanted = TYPES[kind if typed == "T*" else typed[:-1]]
-                if value.dtype != wanted or not value.is_contiguous() or value.device.type != "cpu":
-                    raise TypeError(f"{self.name}: {name} must be a contiguous {wanted} tensor on the CPU, found {value.dtype} {value.stride()}")
-                largest = max(largest, value.numel())
-                slots.append(value.data_ptr())
-            else:
+        kind, slots, largest, of_kind = "", [count, 0, 0], 0, None
+        for (name, wanted, typed), value in zip(self._plan, arguments, strict=True):
+            if typed in _LLVM:
                 slots.append(_slot(typed, value))
+                continue
+            if value is None:
+                slots.append(0)
+                continue
+            if wanted is None:
+                if of_kind is None:
+                    kind, of_kind = _NAMES[value.dtype], value.dtype
+                wanted = of_kind
+            if value.dtype != wanted or not value.is_contiguous() or not value.is_cpu:
+                raise TypeError(f"{self.name}: {name} must be a contiguous {wanted} tensor on the CPU, found {value.dtype} {value.stride()}")
+            largest = max(largest, value.numel())
+            slots.append(value.data_ptr())
         entry = self._entries.get(kind)
         if entry is None:
             entry = self._entries[kind] = self._build(kind)
@@ -147,6 +149,8 @@ def native(signature: str, *, T: tuple[str, ...] = (), fast: bool = False, lazy:
 
 
 def _slot(typed: str, value: Any) -> int:
+    if typed == "i64":
+        return int(value)
     if typed == "f32":
         return int.from_bytes(struct.pack("<f", value), "little")
     if typed == "f64":
