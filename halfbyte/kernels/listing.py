@@ -60,6 +60,9 @@ _IMPLEMENTATIONS: dict[str, dict[str, Callable[[str], str]]] = {
     "dequantize_blockwise": {"cpu": _cpu, "triton": _triton, "reference": _reference},
     "matmul_4bit": {"reference": _reference},
     "linear_cross_entropy": {"reference": _reference},
+    "rms_norm": {"cpu": _cpu, "reference": _reference},
+    "rope": {"cpu": _cpu, "reference": _reference},
+    "gated_mlp": {"cpu": _cpu, "reference": _reference},
 }
 
 
