@@ -27,6 +27,8 @@ from halfbyte.export.quantized import Quantized, quantize_to_folder
 from halfbyte.lora import inject as injection
 from halfbyte.lora.inject import Injected
 from halfbyte.models import trainer_callback
+from halfbyte.models.lazy_logits import make_lazy
+from halfbyte.models.structure import fuse
 from halfbyte.train.from_config import train_from_config
 from halfbyte.train.metrics import read as read_metrics
 from halfbyte.train.run_folder import RunFolder
@@ -75,9 +77,17 @@ def load(
 def inject(model: nn.Module, *, seed: int = 0, **settings: Any) -> Injected:
     """Put LoRA layers into a model, in place, and freeze the rest; settings are those of the `lora` group (docs/config.md).
 
+    The decoder layers are exchanged for faster ones with the same names and results where their structure is known, and in training the
+    output layer makes logits only when they are looked at (models/structure.py, models/lazy_logits.py).
     Raises ConfigError for a setting, TargetError for a target that matches nothing.
     """
-    return injection.inject(model, make(LoraConfig, settings, "lora"), seed=seed)
+    return _made_fast(model, injection.inject(model, make(LoraConfig, settings, "lora"), seed=seed))
+
+
+def _made_fast(model: nn.Module, injected: Injected) -> Injected:
+    fuse(model)
+    make_lazy(model)
+    return injected
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, base: str | None = None) -> Path:
@@ -95,7 +105,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, force_base: bool = Fal
 
     An adapter that began with init loftq wants the dense model and quantizes it as then; force_base takes one that is packed.
     """
-    return adapter_folder.load_adapter(model, folder, allow_other_base=force_base)
+    return _made_fast(model, adapter_folder.load_adapter(model, folder, allow_other_base=force_base))
 
 
 def train(

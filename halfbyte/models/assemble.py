@@ -19,6 +19,7 @@ from halfbyte.models.load import choose_dtype, load_model, load_tokenizer
 from halfbyte.models.packed_folder import settled
 from halfbyte.models.packing_probe import require_separate
 from halfbyte.models.source import Source, resolve
+from halfbyte.models.structure import Fused, fuse
 from halfbyte.surgery import trainable
 
 
@@ -28,6 +29,7 @@ class Assembled:
 
     weight_bytes  of all parameters and buffers as they lie in memory, shared ones once
     dtype_reason  why the base has the dtype it has
+    fused         which decoder layers run on own ops
     """
 
     model: PreTrainedModel
@@ -39,6 +41,7 @@ class Assembled:
     weight_bytes: int
     dtype: str = "float32"
     dtype_reason: str = ""
+    fused: Fused = Fused(0, 0, "not asked for")
 
 
 def assemble(config: RunConfig, *, for_training: bool = True) -> Assembled:
@@ -66,12 +69,13 @@ def assemble(config: RunConfig, *, for_training: bool = True) -> Assembled:
         model.requires_grad_(True)
     if not for_training:
         model.requires_grad_(False)
+    fused = fuse(model) if config.model.layers == "auto" else Fused(0, 0, "model.layers is original")
     if config.data.packing and for_training:
         require_separate(model)
     model.train(for_training)
     trained = sum(parameter.numel() for _, parameter in trainable(model))
     total = total_parameters(model)
-    return Assembled(model, tokenizer, source, injected, trained, total, weight_bytes(model), str(dtype).removeprefix("torch."), reason)
+    return Assembled(model, tokenizer, source, injected, trained, total, weight_bytes(model), str(dtype).removeprefix("torch."), reason, fused)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -132,7 +132,7 @@ def _readings(layer: nn.Module) -> Iterator[Plan]:
         raise Unfit(f"{type(layer).__name__} has no mlp")
     if not getattr(attention, "is_causal", True):
         raise Unfit("attention looks ahead")
-    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules()) or getattr(attention, "attention_dropout", 0):
+    if any(_drops(name, module) for name, module in layer.named_modules()):
         raise Unfit("the layer has dropout of its own")
     norms = {name for name, child in layer.named_children() if "norm" in name}
     places = [place for place in NORM_PLACES if {name for name in place if name} == norms]
@@ -150,6 +150,14 @@ def _readings(layer: nn.Module) -> Iterator[Plan]:
         )  # fmt: skip
 
 
+def _drops(name: str, module: nn.Module) -> bool:
+    """A layer's own dropout, as a module or as a number; an adapter's is its own affair."""
+    if isinstance(module, nn.Dropout):
+        return module.p > 0
+    own = ((key, value) for key, value in vars(module).items() if "dropout" in key and isinstance(value, float))
+    return name.count(".") < 1 and any(value > 0 for _, value in own)
+
+
 def _heads(attention: Any) -> tuple[int, int, int]:
     """(head width, query heads, key-value heads)."""
     config = getattr(attention, "config", None)
@@ -163,7 +171,7 @@ def _heads(attention: Any) -> tuple[int, int, int]:
 def _window(attention: Any) -> int:
     """The layer's own sliding window, or the config's where the layer says nothing of its kind; 0 is none."""
     if hasattr(attention, "sliding_window"):
-        return int(attention.sliding_window or 0)
+        return int(attention.sliding_window or 0) if getattr(attention, "is_sliding", True) else 0
     config = attention.config
     types = getattr(config, "layer_types", None)
     if types is not None and types[attention.layer_idx] != "sliding_attention":

@@ -1,0 +1,249 @@
+"""The fused decoder layers against the original ones, architecture by architecture: logits, loss and every gradient.
+
+The oracle is transformers' own model with the same weights and halfbyte's adapters on its modules.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from halfbyte.config.lora import LoraConfig
+from halfbyte.lora.inject import inject
+from halfbyte.models.decoder_layer import FusedLayer
+from halfbyte.models.lazy_logits import LazyLogits, make_lazy
+from halfbyte.models.recompute import recompute
+from halfbyte.models.structure import decoder_layers, fuse
+from halfbyte.quant.linear import QuantLinear
+from halfbyte.surgery import replace
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral-window": ("Mistral", {"sliding_window": 3}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "gemma": ("Gemma", {"head_dim": 8}),
+    "gemma2": ("Gemma2", {"head_dim": 8, "sliding_window": 3, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0}),  # eager: its cap is nowhere else
+    "gemma3": ("Gemma3", {"head_dim": 8, "sliding_window": 3, "query_pre_attn_scalar": 8}),
+    "phi3": ("Phi3", {}),
+    "phi3-partial": ("Phi3", {"partial_rotary_factor": 0.5}),
+    "granite": ("Granite", {"residual_multiplier": 0.3, "attention_multiplier": 0.2, "logits_scaling": 4.0, "embedding_multiplier": 3.0}),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": ("Olmo3", {"sliding_window": 3}),
+    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2}),
+    "exaone4": ("Exaone4", {"sliding_window": 3, "sliding_window_pattern": 2}),
+    "seed_oss": ("SeedOss", {"head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0}),
+    "ministral": ("Ministral", {"sliding_window": 3, "head_dim": 8}),
+    "arcee": ("Arcee", {}),
+    "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": None}),
+}
+WITHOUT_GATED_MLP = {"arcee", "qwen3_moe", "mixtral"}
+ORIGINAL = {"cohere": "Cohere", "starcoder2": "Starcoder2", "gpt_neox": "GPTNeoX", "stablelm": "StableLm"}
+
+
+def small(name: str, prefix: str, changes: dict[str, Any]) -> Any:
+    """A small model with random weights; norms and biases are moved off their start, so that they matter."""
+    kind = "Gemma3Text" if prefix == "Gemma3" else prefix
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **changes})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{prefix}ForCausalLM")._from_config(config, attn_implementation="eager" if prefix == "Gemma2" else "sdpa")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif parameter.std() < 0.1:
+                parameter.mul_(4)
+    return model
+
+
+def adapted(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The model with adapters whose B is not zero."""
+    model = small(name, *MODELS[name]).to(dtype)
+    inject(model, LoraConfig(rank=3, alpha=5), seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def batch(case: str) -> dict[str, Tensor]:
+    """Two rows: plain, packed (positions restart), or padded on the right and on the left."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 96, (2, 11), generator=generator)
+    labels = ids.clone()
+    labels[:, :2] = -100
+    made = {"input_ids": ids, "labels": labels}
+    if case == "packed":
+        made["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4]])
+    if case == "padded":
+        mask = torch.ones(2, 11, dtype=torch.int64)
+        mask[0, 8:], mask[1, :3] = 0, 0
+        labels[mask == 0] = -100
+        labels[1, 3] = -100  # would be predicted from padding
+        made["attention_mask"] = mask
+    return made
+
+
+def outcome(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(loss, logits at positions with a label, gradient of every trained parameter)."""
+    model.zero_grad()
+    out = model(**inputs, use_cache=False)
+    out.loss.backward()
+    seen = (inputs["labels"] != -100)
+    logits = (out.logits.made() if isinstance(out.logits, LazyLogits) else out.logits)[seen]
+    return out.loss.detach(), logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def close(found: Tensor, wanted: Tensor, share: float, what: str) -> None:
+    """Within `share` of the largest expected value."""
+    assert (found - wanted).abs().max() <= share * wanted.abs().max().clamp_min(1e-6), what
+
+
+@pytest.mark.parametrize("case", ["plain", "packed", "padded"])
+@pytest.mark.parametrize("name", MODELS)
+def test_fused_and_plain_agree(name: str, case: str) -> None:
+    """Logits, loss and every gradient in float32."""
+    plain = adapted(name).train()
+    fused = copy.deepcopy(plain)
+    found = fuse(fused)
+    assert found.layers == 3, found.reason
+    assert (found.gated == 3) == (name not in WITHOUT_GATED_MLP)
+    make_lazy(fused)
+    inputs = batch(case)
+    loss, logits, gradients = outcome(plain, inputs)
+    own_loss, own_logits, own_gradients = outcome(fused, inputs)
+    close(own_loss, loss, 1e-5, "loss")
+    close(own_logits, logits, 2e-5, "logits")
+    assert own_gradients.keys() == gradients.keys()
+    for key, gradient in gradients.items():
+        close(own_gradients[key], gradient, 1e-4, key)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_fused_in_bfloat16_is_as_close_to_float32_as_the_plain_one(name: str) -> None:
+    """Fewer roundings, so not further from the exact gradients than twice the original's own distance."""
+    exact = outcome(adapted(name).train(), batch("packed"))
+    plain = adapted(name, torch.bfloat16).train()
+    fused = copy.deepcopy(plain)
+    assert fuse(fused).layers == 3
+    make_lazy(fused)
+    far, near = outcome(plain, batch("packed")), outcome(fused, batch("packed"))
+    distance = lambda found: sum(float((found[2][key].float() - exact[2][key]).square().sum()) for key in exact[2]) ** 0.5  # noqa: E731
+    assert distance(near) <= 2 * distance(far)
+
+
+@pytest.mark.parametrize("kind", ORIGINAL)
+def test_a_structure_that_does_not_fit_keeps_its_layers_and_says_why(kind: str) -> None:
+    """Parallel blocks, LayerNorm, interleaved rotation."""
+    model = small(kind, ORIGINAL[kind], {})
+    before = list(map(type, model.modules()))
+    found = fuse(model)
+    assert found.layers == 0 and found.reason
+    assert list(map(type, model.modules())) == before
+    assert not model.base_model._forward_pre_hooks
+
+
+def packed_weights(model: Any) -> Any:
+    """The same model with NF4 layers."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name != "lm_head":
+            replace(model, name, QuantLinear.from_linear(module))
+    return model
+
+
+def test_fused_on_packed_weights_and_with_parts_of_other_kinds() -> None:
+    """NF4 bases; one layer without adapter, one with DoRA beside plain ones through module calls."""
+    plain = packed_weights(small("llama", *MODELS["llama"]))
+    inject(plain, LoraConfig(rank=3, exclude=("layers.0.self_attn.k_proj",), dora=True, layers=(0, 2)), seed=1)
+    plain.train()
+    fused = copy.deepcopy(plain)
+    assert fuse(fused).layers == 3
+    for found, wanted in zip(outcome(fused, batch("packed"))[2].items(), outcome(plain, batch("packed"))[2].items()):
+        assert found[0] == wanted[0]
+        close(found[1], wanted[1], 1e-4, wanted[0])
+
+
+def test_full_fine_tuning_agrees() -> None:
+    """Every weight trains: norms, embeddings, biases, dense layers."""
+    plain = small("llama-bias", *MODELS["llama-bias"]).train()
+    fused = copy.deepcopy(plain)
+    assert fuse(fused).layers == 3
+    make_lazy(fused)
+    wanted, found = outcome(plain, batch("packed"))[2], outcome(fused, batch("packed"))[2]
+    assert wanted.keys() == found.keys()
+    for key in wanted:
+        close(found[key], wanted[key], 1e-4, key)
+
+
+def test_policy_recompute_mlp_gives_the_same_bits() -> None:
+    """What is computed again is computed the same way."""
+    model = adapted("llama").train()
+    fuse(model)
+    kept = outcome(model, batch("packed"))
+    fuse(model, "recompute_mlp")
+    again = outcome(model, batch("packed"))
+    assert torch.equal(kept[0], again[0])
+    assert all(torch.equal(kept[2][key], again[2][key]) for key in kept[2])
+
+
+def test_generation_and_hidden_states_are_the_originals() -> None:
+    """A cache, and outputs recorded by class, go the inherited way."""
+    model = adapted("llama").eval()
+    fused = copy.deepcopy(model)
+    fuse(fused)
+    ids = batch("plain")["input_ids"]
+    assert torch.equal(fused.generate(ids, max_new_tokens=5, do_sample=False), model.generate(ids, max_new_tokens=5, do_sample=False))
+    assert len(fused(ids, output_hidden_states=True).hidden_states) == 4
+    assert all(isinstance(layer, FusedLayer) for layer in decoder_layers(fused).values())
+
+
+def test_checkpointing_of_transformers_works_and_gives_the_same_gradients() -> None:
+    """The switch that Trainer and TRL use; a second forward before the backward does not disturb the first."""
+    model = adapted("llama").train()
+    fuse(model)
+    wanted = outcome(model, batch("packed"))[2]
+    recompute(model)
+    model.zero_grad()
+    loss = model(**batch("packed"), use_cache=False).loss
+    model(**batch("plain"), use_cache=False)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            close(parameter.grad, wanted[name], 1e-5, name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("use", [lambda z: z.argmax(-1), lambda z: z.float().log_softmax(-1), lambda z: z[:, -1], lambda z: z + 1, lambda z: torch.cat([z, z])])
+def test_logits_are_there_for_whoever_looks(use: Callable[[Tensor], Tensor]) -> None:
+    """Lazy logits answer as the logits would, gradient included."""
+    model = adapted("gemma2").train()
+    wanted = use(model(**batch("plain")).logits)
+    fuse(model)
+    make_lazy(model)
+    logits = model(**batch("plain")).logits
+    assert isinstance(logits, LazyLogits) and logits.shape == (2, 11, 96)
+    found = use(logits)
+    assert not isinstance(found, LazyLogits)
+    close(found.float(), wanted.float(), 1e-4, "logits")
+
+
+def test_label_smoothing_is_not_lost() -> None:
+    """A loss the fused one does not know is computed from real logits."""
+    model = adapted("llama").train()
+    ids = batch("plain")["input_ids"]
+    wanted = nn.functional.cross_entropy(model(ids).logits.view(-1, 96), ids.view(-1), label_smoothing=0.1)
+    make_lazy(model)
+    close(nn.functional.cross_entropy(model(ids).logits.view(-1, 96), ids.view(-1), label_smoothing=0.1), wanted, 1e-5, "loss")
