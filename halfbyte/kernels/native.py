@@ -78,10 +78,12 @@ class Native:
 
     lazy  `function` returns the kernel when called: for kernels that need numba's own tools at hand
     fast  sums may be reordered and products fused: for sums over rows, never where bits must agree with another program's
+    apart  what the kernel writes lies in no other tensor of the call: without it a loop over more than about four tensors asks so
+           many questions about overlap that the compiler leaves it scalar
     """
 
-    def __init__(self, function: Callable[..., Any], signature: str, types: tuple[str, ...], fast: bool, lazy: bool) -> None:
-        self.function, self.types, self.fast, self.lazy = function, types, fast, lazy
+    def __init__(self, function: Callable[..., Any], signature: str, types: tuple[str, ...], fast: bool, lazy: bool, apart: bool) -> None:
+        self.function, self.types, self.fast, self.lazy, self.apart = function, types, fast, lazy, apart
         self.parameters = [tuple(part.strip() for part in item.split(":")) for item in signature.split(",")]
         self.name = f"{function.__module__.removeprefix('halfbyte.kernels.')}.{function.__name__}"
         # what a call looks at, worked out once: (name, wanted dtype; None for T and for numbers; what the number is)
@@ -134,7 +136,10 @@ class Native:
         signature = types.void(*typed, types.int64, types.int64)
         flags = {"reassoc", "nsz", "arcp", "contract"} if self.fast else False
         kernel = self.function() if self.lazy else self.function
-        made = njit(signature, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, fastmath=flags)(kernel)
+        made = njit(
+            signature, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, fastmath=flags,
+            pipeline_class=_compiler(self.apart),
+        )(kernel)
         code = made.inspect_llvm(made.signatures[0])
         foreign = set(_CALLS.findall(code)) - MATHS
         if foreign:
@@ -143,9 +148,24 @@ class Native:
         return code + _doors(called, [text for _, text in self.parameters])
 
 
-def native(signature: str, *, T: tuple[str, ...] = (), fast: bool = False, lazy: bool = False) -> Callable[[Callable[..., Any]], Native]:
+def native(
+    signature: str, *, T: tuple[str, ...] = (), fast: bool = False, lazy: bool = False, apart: bool = False
+) -> Callable[[Callable[..., Any]], Native]:
     """Make a kernel of a function; see the module.  Types: u8 i8 i32 i64 f32 f64 bf16, `*` for a pointer, T for one of several."""
-    return lambda function: Native(function, signature, T, fast, lazy)
+    return lambda function: Native(function, signature, T, fast, lazy, apart)
+
+
+@cache
+def _compiler(apart: bool) -> Any:
+    """numba's compiler, which has no option of its own for `apart`."""
+    from numba.core.compiler import Compiler, CompilerBase, DefaultPassBuilder
+
+    class Apart(CompilerBase):
+        def define_pipelines(self) -> list[Any]:
+            self.state.flags.noalias = True
+            return [DefaultPassBuilder.define_nopython_pipeline(self.state)]
+
+    return Apart if apart else Compiler
 
 
 def _slot(typed: str, value: Any) -> int:

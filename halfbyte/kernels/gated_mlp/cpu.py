@@ -2,7 +2,9 @@
 
 gelu's distribution is P(g) = 1 - q for g > 0, q else, with q = erfc(z) / 2, z = |g| / sqrt 2.  erfc(z) = e^(-z^2) t p(t) with
 t = 1 / (1 + 0.3 z) and p of degree 8: the polynomial that comes within 4e-8 of erfc(z) e^(z^2) / t, relatively, for every z up to 14
-(beyond, e^(-z^2) is 0 in float32); found by reweighted least squares, checked by a test.  float16 takes the reference: there are no instructions for it.
+(beyond, e^(-z^2) is 0 in float32); found by reweighted least squares, checked by a test.
+
+float16 takes the reference: there are no instructions for it.
 """
 
 from typing import Any
@@ -44,7 +46,7 @@ def _below(g):  # type: ignore[no-untyped-def]
     return (_ONE - q if g > np.float32(0) else q), bell
 
 
-@native("gate: T*, up: T*, h: T*, width: i64, gate_row: i64, up_row: i64, act: i64", T=("bf16", "f32"))
+@native("gate: T*, up: T*, h: T*, width: i64, gate_row: i64, up_row: i64, act: i64", T=("bf16", "f32"), apart=True)
 def _forward(gate: Any, up: Any, h: Any, width: int, gate_row: int, up_row: int, act: int, first: int, last: int) -> None:
     for row in range(first, last):
         a, b, c = row * gate_row, row * up_row, row * width
@@ -63,8 +65,9 @@ def _forward(gate: Any, up: Any, h: Any, width: int, gate_row: int, up_row: int,
 
 
 @native(
-    "dh: T*, gate: T*, up: T*, h: T*, dgate: T*, dup: T*, width: i64, gate_row: i64, up_row: i64, act: i64", T=("bf16", "f32"), fast=True
-)
+    "dh: T*, gate: T*, up: T*, h: T*, dgate: T*, dup: T*, width: i64, gate_row: i64, up_row: i64, act: i64",
+    T=("bf16", "f32"), fast=True, apart=True,
+)  # fmt: skip
 def _backward(
     dh: Any, gate: Any, up: Any, h: Any, dgate: Any, dup: Any, width: int, gate_row: int, up_row: int, act: int, first: int, last: int
 ) -> None:  # fmt: skip

@@ -16,7 +16,7 @@ STRIP = 64
 """Columns of the weight's gradient that one item sums over all rows."""
 
 
-@native("x: T*, w: f32*, y: T*, rstd: f32*, H: i64, eps: f32, twice: i64", T=("bf16", "f32"), fast=True)
+@native("x: T*, w: f32*, y: T*, rstd: f32*, H: i64, eps: f32, twice: i64", T=("bf16", "f32"), fast=True, apart=True)
 def _norm(x: Any, w: Any, y: Any, rstd: Any, H: int, eps: float, twice: int, first: int, last: int) -> None:
     for row in range(first, last):
         at = row * H
@@ -36,7 +36,7 @@ def _norm(x: Any, w: Any, y: Any, rstd: Any, H: int, eps: float, twice: int, fir
                 store(y, at + i, load(x, at + i) * r * w[i])
 
 
-@native("x: T*, residual: T*, summed: T*, w: f32*, y: T*, rstd: f32*, H: i64, eps: f32, twice: i64", T=("bf16", "f32"), fast=True)
+@native("x: T*, residual: T*, summed: T*, w: f32*, y: T*, rstd: f32*, H: i64, eps: f32, twice: i64", T=("bf16", "f32"), fast=True, apart=True)
 def _add_norm(
     x: Any, residual: Any, summed: Any, w: Any, y: Any, rstd: Any, H: int, eps: float, twice: int, first: int, last: int
 ) -> None:  # fmt: skip
@@ -60,7 +60,7 @@ def _add_norm(
                 store(y, at + i, load(summed, at + i) * r * w[i])
 
 
-@native("dy: T*, x: T*, w: f32*, rstd: f32*, extra: T*, dx: T*, H: i64, added: i64", T=("bf16", "f32"), fast=True)
+@native("dy: T*, x: T*, w: f32*, rstd: f32*, extra: T*, dx: T*, H: i64, added: i64", T=("bf16", "f32"), fast=True, apart=True)
 def _dx(dy: Any, x: Any, w: Any, rstd: Any, extra: Any, dx: Any, H: int, added: int, first: int, last: int) -> None:
     for row in range(first, last):
         at, r = row * H, rstd[row]
@@ -84,7 +84,7 @@ def _round_n(x: Any, rstd: Any, n: Any, H: int, first: int, last: int) -> None:
             store(n, at + i, load(x, at + i) * r)
 
 
-@native("dy: T*, x: T*, rstd: f32*, dw: f32*, rows: i64, H: i64, scaled: i64", T=("bf16", "f32"), fast=True)
+@native("dy: T*, x: T*, rstd: f32*, dw: f32*, rows: i64, H: i64, scaled: i64", T=("bf16", "f32"), fast=True, apart=True)
 def _dw(dy: Any, x: Any, rstd: Any, dw: Any, rows: int, H: int, scaled: int, first: int, last: int) -> None:
     """Strips first..last of the columns: sums over the rows in their order, whatever the number of threads."""
     for strip in range(first, last):

@@ -13,21 +13,21 @@ from halfbyte.kernels.rope import reference
 
 
 @native(
-    "x: T*, y: T*, cos: f32*, sin: f32*, H: i64, D: i64, R: i64, x_token: i64, x_head: i64, y_token: i64, y_head: i64, inverse: i64",
-    T=("bf16", "f32"),
-)
+    "x: T*, y: T*, cos: f32*, sin: f32*, heads: i64, width: i64, angles: i64, token_step: i64, head_step: i64, inverse: i64",
+    T=("bf16", "f32"), apart=True,
+)  # fmt: skip
 def _turn(
-    x: Any, y: Any, cos: Any, sin: Any, H: int, D: int, R: int, x_token: int, x_head: int, y_token: int, y_head: int, inverse: int,
+    x: Any, y: Any, cos: Any, sin: Any, heads: int, width: int, angles: int, token_step: int, head_step: int, inverse: int,
     first: int, last: int,
 ) -> None:  # fmt: skip
-    half = R // 2
+    half = angles // 2
     for token in range(first, last):
-        c = token * R
+        c = token * angles
         d = c + half
-        for head in range(H):
-            a = token * x_token + head * x_head
+        for head in range(heads):
+            a = token * token_step + head * head_step
             b = a + half
-            p = token * y_token + head * y_head
+            p = (token * heads + head) * width
             q = p + half
             if inverse:
                 for i in range(half):
@@ -39,8 +39,33 @@ def _turn(
                     one, two = load(x, a + i), load(x, b + i)
                     store(y, p + i, one * cos[c + i] - two * sin[c + i])
                     store(y, q + i, two * cos[d + i] + one * sin[d + i])
-            for i in range(R, D):
+            for i in range(angles, width):
                 y[p + i] = x[a + i]
+
+
+@native(
+    "x: T*, cos: f32*, sin: f32*, heads: i64, angles: i64, token_step: i64, head_step: i64, inverse: i64", T=("bf16", "f32"), apart=True
+)
+def _turn_in_place(
+    x: Any, cos: Any, sin: Any, heads: int, angles: int, token_step: int, head_step: int, inverse: int, first: int, last: int
+) -> None:  # fmt: skip
+    half = angles // 2
+    for token in range(first, last):
+        c = token * angles
+        d = c + half
+        for head in range(heads):
+            a = token * token_step + head * head_step
+            b = a + half
+            if inverse:
+                for i in range(half):
+                    one, two = load(x, a + i), load(x, b + i)
+                    store(x, a + i, one * cos[c + i] + two * sin[d + i])
+                    store(x, b + i, two * cos[d + i] - one * sin[c + i])
+            else:
+                for i in range(half):
+                    one, two = load(x, a + i), load(x, b + i)
+                    store(x, a + i, one * cos[c + i] - two * sin[c + i])
+                    store(x, b + i, two * cos[d + i] + one * sin[d + i])
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -49,12 +74,8 @@ def _flat(x: Tensor) -> Tensor:
     return x.as_strided((extent,), (1,))
 
 
-def _run(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
-    if x.numel():
-        (tokens, heads, width), angles = x.shape, cos.shape[1]
-        tables = cos.float().contiguous(), sin.float().contiguous()
-        strides = *x.stride()[:2], *y.stride()[:2]
-        _turn(tokens, _flat(x), _flat(y), *tables, heads, width, angles, *strides, inverse, work=x.numel())
+def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return cos.float().contiguous(), sin.float().contiguous()
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
@@ -63,7 +84,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
         return reference.rope(x, cos, sin, inverse)
     x = x if x.stride(2) == 1 else x.contiguous()
     y = x.new_empty(x.shape)
-    _run(x, y, cos, sin, inverse)
+    if y.numel():
+        tokens, heads, width = x.shape
+        _turn(tokens, _flat(x), y, *_tables(cos, sin), heads, width, cos.shape[1], x.stride(0), x.stride(1), inverse, work=y.numel())
     return y
 
 
@@ -71,5 +94,6 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> None:
     """The same in place."""
     if x.dtype == torch.float16 or x.stride(2) != 1:
         reference.rope_(x, cos, sin, inverse)
-    else:
-        _run(x, x, cos, sin, inverse)
+    elif x.numel():
+        tokens, heads, _ = x.shape
+        _turn_in_place(tokens, _flat(x), *_tables(cos, sin), heads, cos.shape[1], x.stride(0), x.stride(1), inverse, work=x.numel())
