@@ -54,15 +54,20 @@ def _triton(device: str) -> str:
     return _triton_missing() if device == "cuda" else "written for CUDA"
 
 
+def _torch(device: str) -> str:
+    return "" if device == "cuda" else "PyTorch's own attention is for GPUs"
+
+
 # op -> implementations, fastest first
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[[str], str]]] = {
     "quantize_blockwise": {"cpu": _cpu, "triton": _triton, "reference": _reference},
     "dequantize_blockwise": {"cpu": _cpu, "triton": _triton, "reference": _reference},
-    "matmul_4bit": {"reference": _reference},
-    "linear_cross_entropy": {"reference": _reference},
+    "matmul_4bit": {"cpu": _cpu, "reference": _reference},
+    "linear_cross_entropy": {"cpu": _cpu, "reference": _reference},
     "rms_norm": {"cpu": _cpu, "reference": _reference},
     "rope": {"cpu": _cpu, "reference": _reference},
     "gated_mlp": {"cpu": _cpu, "reference": _reference},
+    "packed_attention": {"cpu": _cpu, "torch": _torch, "reference": _reference},
 }
 
 
