@@ -18,8 +18,8 @@ class TrainConfig(Settings):
     """Sequences per forward pass; auto takes what fits into memory."""
     global_batch_size: Count = 16
     """Sequences per optimizer step."""
-    gradient_checkpointing: Switch = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    activations: Literal["keep", "recompute_mlp", "recompute", "offload"] = "keep"
+    """What is kept for the backward pass: everything; all but the MLP's inner part; each layer's input; that in host memory."""
     eval_every_steps: Auto | Count | None = "auto"
     """Steps between evaluations; auto is about eight a run, null none."""
     save_every_steps: Auto | Count | None = "auto"

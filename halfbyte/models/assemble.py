@@ -22,6 +22,8 @@ from halfbyte.models.source import Source, resolve
 from halfbyte.models.structure import Fused, fuse
 from halfbyte.surgery import trainable
 
+NOT_FUSED = Fused(0, 0, "not asked for")
+
 
 @dataclass(frozen=True)
 class Assembled:
@@ -41,7 +43,7 @@ class Assembled:
     weight_bytes: int
     dtype: str = "float32"
     dtype_reason: str = ""
-    fused: Fused = Fused(0, 0, "not asked for")
+    fused: Fused = NOT_FUSED
 
 
 def assemble(config: RunConfig, *, for_training: bool = True) -> Assembled:
@@ -75,7 +77,8 @@ def assemble(config: RunConfig, *, for_training: bool = True) -> Assembled:
     model.train(for_training)
     trained = sum(parameter.numel() for _, parameter in trainable(model))
     total = total_parameters(model)
-    return Assembled(model, tokenizer, source, injected, trained, total, weight_bytes(model), str(dtype).removeprefix("torch."), reason, fused)
+    name = str(dtype).removeprefix("torch.")
+    return Assembled(model, tokenizer, source, injected, trained, total, weight_bytes(model), name, reason, fused)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -7,21 +7,24 @@ hooks, so names, checkpoints, adapters and isinstance are as before, and everyth
 dense masks) is the inherited forward.  Which inputs it does itself the mask says: `models/rows.py` sends one along that knows where
 each sample begins and ends.  What the layer is made of was found by `models/structure.py` and probed against the original.
 
-What is kept for the backward pass, per token: x, q, k, v, o, s, gate, up (policy "keep"); without gate and up ("recompute_mlp").  A linear
-layer that is not a plain frozen one with a plain update (DoRA, active dropout, a trained weight) is called as a module, and
-autograd keeps what it needs.  B sequences, T tokens, H width, D head width.
+What is kept for the backward pass says the policy (models/recompute.py).  A linear layer that is not a plain frozen one with a plain
+update (DoRA, active dropout, a trained weight) is called as a module, and autograd keeps what it needs.
+B sequences, T tokens, H width, D head width.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 
 from halfbyte.kernels.gated_mlp import gated_act
-from halfbyte.kernels.gated_mlp.block import Mlp, gated_mlp
+from halfbyte.kernels.gated_mlp.block import Mlp, gated_mlp, without_down
 from halfbyte.kernels.lora_linear import Norm, Projection, lora_linear
 from halfbyte.kernels.packed_attention import packed_attention
 from halfbyte.kernels.rms_norm import add_rms_norm, rms_norm
@@ -30,7 +33,7 @@ from halfbyte.lora.layer import LoraLinear
 from halfbyte.models.rows import Rows, rows_of
 from halfbyte.quant.dense import dense_weight, is_conv1d, is_linear_like
 
-POLICIES = ("keep", "recompute_mlp")
+POLICIES = ("keep", "recompute_mlp", "recompute", "offload")
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,27 @@ class FusedLayer:
         if rows is None:
             return super().forward(hidden_states, *inputs, **named)  # type: ignore[misc]
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        return run(self, self.plan, x, named.get("position_embeddings"), rows, self.policy).view_as(hidden_states)
+        angles = named.get("position_embeddings")
+        if self.policy in ("recompute", "offload") and self.training and torch.is_grad_enabled():  # type: ignore[attr-defined]
+            return _again(self, x, angles, rows).view_as(hidden_states)
+        return run(self, self.plan, x, angles, rows, self.policy).view_as(hidden_states)
+
+
+def _again(layer: Any, x: Tensor, angles: Any, rows: Rows) -> Tensor:
+    """The layer with nothing kept but x, on the host where the policy says so; its last product is not repeated."""
+    away = save_on_cpu(pin_memory=True) if layer.policy == "offload" and x.is_cuda else nullcontext()
+    with away:
+        out = checkpoint(
+            run, layer, layer.plan, x, angles, rows, "keep", use_reentrant=False, context_fn=lambda: (nullcontext(), without_down())
+        )
+    assert isinstance(out, Tensor)
+    return out
 
 
 @cache
-def class_for(original: type[nn.Module]) -> type[nn.Module]:
+def class_for(original: Any) -> Any:
     """The subclass of a decoder layer's class that runs on own ops."""
-    return type(f"Fused{original.__name__}", (FusedLayer, original), {"__module__": __name__})
+    return type(f"Fused{original.__name__}", (FusedLayer, original), {"__module__": __name__})  # type: ignore[no-any-return]
 
 
 def take_over(original: nn.Module, plan: Plan, policy: str = "keep") -> nn.Module:
@@ -136,7 +153,7 @@ def _mlp(layer: Any, plan: Plan, x: Tensor, delta: Tensor, before: Any, after: A
         summed = x + delta
         normed = summed
     else:
-        summed, normed, _ = add_rms_norm(x, delta, before.weight, _eps(before), plan.forms[plan.norms[2]])
+        summed, normed, _ = add_rms_norm(x, delta, before.weight, epsilon(before), plan.forms[plan.norms[2]])
     if plan.gated:
         parts = linears(tuple(getattr(mlp, name) for name in plan.inner), normed)
         gate, up = parts if len(parts) == 2 else (half.contiguous() for half in parts[0].chunk(2, dim=-1))
@@ -191,14 +208,15 @@ def frozen(module: nn.Module) -> bool:
 
 def norm_of(module: nn.Module, form: int) -> Norm:
     """An RMSNorm as data."""
-    return Norm(module.weight, _eps(module), form)  # type: ignore[arg-type]
+    return Norm(module.weight, epsilon(module), form)  # type: ignore[arg-type]
 
 
 def _normed(module: nn.Module, form: int, x: Tensor) -> Tensor:
-    return rms_norm(x, module.weight, _eps(module), form)[0]  # type: ignore[arg-type]
+    return rms_norm(x, module.weight, epsilon(module), form)[0]  # type: ignore[arg-type]
 
 
-def _eps(module: nn.Module) -> float:
+def epsilon(module: nn.Module) -> float:
+    """The norm's epsilon under either of its names.  Raises TypeError where there is none."""
     for name in ("variance_epsilon", "eps"):
         value = getattr(module, name, None)
         if isinstance(value, float):

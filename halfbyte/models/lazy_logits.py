@@ -3,9 +3,9 @@
     model(input_ids, labels=...).loss         in training: no logits are made, the loss comes from kernels/linear_cross_entropy
     outputs.logits.argmax(-1)                 the logits, made then
 
-In training the output layer answers with hidden states and weight instead of their product.  What transformers' own loss does with logits (cast,
-view, scale, soft-cap, cross entropy) is noted or answered; any other use of them makes them.  So a plain loop, transformers.Trainer and
-whoever reads `outputs.logits` work as before, and the usual case holds no (tokens, vocabulary) tensor.
+In training the output layer answers with hidden states and weight instead of their product.  What transformers' own loss does with
+logits (cast, view, scale, soft-cap, cross entropy) is noted or answered; any other use of them makes them.  So a plain loop,
+transformers.Trainer and whoever reads `outputs.logits` work as before, and the usual case holds no (tokens, vocabulary) tensor.
 
 The output layer is taken over like a decoder layer: an instance of a subclass of its own class with the same parameters.
 """
@@ -26,9 +26,14 @@ class LazyLogits(Tensor):
     """softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), not computed yet; (..., V) like the logits it stands for."""
 
     @staticmethod
-    def of(hidden: Tensor, head: nn.Linear, shape: torch.Size, dtype: torch.dtype, scale: float = 1.0, softcap: float | None = None, bent: bool = False) -> "LazyLogits":
+    def of(
+        hidden: Tensor, head: nn.Linear, shape: torch.Size, dtype: torch.dtype, scale: float = 1.0, softcap: float | None = None,
+        bent: bool = False,
+    ) -> "LazyLogits":  # fmt: skip
         """`bent`: the tanh has been taken, the factor behind it not yet."""
-        made = torch.Tensor._make_wrapper_subclass(LazyLogits, shape, dtype=dtype, device=hidden.device, requires_grad=hidden.requires_grad)  # type: ignore[attr-defined]
+        made: Any = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            LazyLogits, shape, dtype=dtype, device=hidden.device, requires_grad=hidden.requires_grad
+        )
         made.hidden, made.head, made.scale, made.softcap, made.bent = hidden, head, scale, softcap, bent
         return made
 
@@ -126,7 +131,7 @@ class LazyHead:
 
 
 @cache
-def class_for(original: type[nn.Module]) -> type[nn.Module]:
+def class_for(original: Any) -> Any:
     """The subclass of an output layer's class that answers lazily."""
     return type(f"Lazy{original.__name__}", (LazyHead, original), {"__module__": __name__})
 

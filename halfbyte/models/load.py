@@ -35,7 +35,6 @@ from halfbyte.quant.experts import QuantExperts
 from halfbyte.quant.linear import QuantLinear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 _MAPPINGS: dict[str, Any] = {"causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING, "sequence-classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING}
 
 
@@ -50,9 +49,9 @@ def choose_dtype(dtype: str = "auto") -> tuple[torch.dtype, str]:
         return DTYPES[dtype], "asked for"
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
         return torch.bfloat16, "the GPU computes bfloat16"
-    native = [flag for flag in devices.describe().isa if flag in NATIVE_BF16]
+    native = devices.native_bf16()
     if native:
-        return torch.bfloat16, f"this processor multiplies bfloat16 natively ({native[0]})"
+        return torch.bfloat16, f"this processor multiplies bfloat16 natively ({native})"
     return torch.float32, "this processor has no native bfloat16"
 
 

@@ -3,9 +3,9 @@
     fuse(model)     every decoder layer is taken over by `decoder_layer.FusedLayer`, or none, with the reason
 
 Names alone do not say what a layer computes (where a norm stands, in which order it casts, whether positions rotate), so the possible
-readings are tried in turn on what the model itself hands to the layer: twelve tokens of two packed samples go through the original once, each
-layer's input and output are noted, and the first reading that gives the output is taken.  Layers that agree in classes and in all plain
-settings share a reading.  A layer that no reading fits keeps the model on its original layers, for a batch without dense masks
+readings are tried in turn on what the model itself hands to the layer: twelve tokens of two packed samples go through the original
+once, each layer's input and output are noted, and the first reading that gives the output is taken.  Layers that agree in classes and
+in all plain settings share a reading.  A layer that no reading fits keeps the model on its original layers, for a batch without dense masks
 needs all layers to read boundaries.  Windows longer than the probe are taken from the settings; tests with short ones prove the rule.
 
 Does not: LayerNorm, interleaved rotation, attention sinks, ALiBi.  `doctor MODEL` prints what was found.
@@ -23,7 +23,7 @@ from halfbyte import surgery
 from halfbyte.kernels.gated_mlp import gated_act
 from halfbyte.kernels.rms_norm import rms_norm
 from halfbyte.log import logger
-from halfbyte.models.decoder_layer import FusedLayer, Plan, _eps, class_for, run, take_over
+from halfbyte.models.decoder_layer import POLICIES, FusedLayer, Plan, epsilon, run, take_over
 from halfbyte.models.modes import evaluating
 from halfbyte.models.rows import announce, rows_from
 
@@ -67,13 +67,11 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def fuse(model: Any, policy: str = "keep") -> Fused:
-    """Take over the model's decoder layers where all of them fit; calling it again only sets the policy."""
+def fuse(model: Any) -> Fused:
+    """Take over the model's decoder layers where all of them fit; a second call finds it done."""
     layers = decoder_layers(model)
     backbone = getattr(model, "base_model", model)
     if layers and all(isinstance(layer, FusedLayer) for layer in layers.values()):
-        for layer in layers.values():
-            layer.__dict__["policy"] = policy
         return _counted(layers)
     try:
         plans = _plans(model, backbone, layers)
@@ -81,14 +79,26 @@ def fuse(model: Any, policy: str = "keep") -> Fused:
         logger().debug("own decoder layers are not used: %s", unfit)
         return Fused(0, 0, str(unfit))
     for name, layer in layers.items():
-        surgery.replace(model, name, take_over(layer, plans[name], policy))
+        surgery.replace(model, name, take_over(layer, plans[name]))
     backbone.register_forward_pre_hook(announce, with_kwargs=True)
     return _counted(decoder_layers(model))
 
 
+def is_fused(model: nn.Module) -> bool:
+    """The model's decoder layers run on own ops."""
+    return any(isinstance(layer, FusedLayer) for layer in decoder_layers(model).values())
+
+
+def set_policy(model: nn.Module, policy: str) -> None:
+    """What fused layers keep for the backward pass; models/recompute.py has the table."""
+    for layer in decoder_layers(model).values():
+        layer.__dict__["policy"] = policy
+
+
 def _counted(layers: dict[str, nn.Module]) -> Fused:
     gated = sum(bool(layer.plan.gated) for layer in layers.values())  # type: ignore[union-attr]
-    return Fused(len(layers), gated, "" if gated == len(layers) else f"the MLP of {len(layers) - gated} layers is not a gated one of known parts")
+    rest = len(layers) - gated
+    return Fused(len(layers), gated, f"the MLP of {rest} layers is not a gated one of known parts" if rest else "")
 
 
 def _plans(model: Any, backbone: nn.Module, layers: dict[str, nn.Module]) -> dict[str, Plan]:
@@ -127,7 +137,7 @@ def _readings(layer: nn.Module) -> Iterator[Plan]:
     strange = [name for name in (*parts, *dict(attention.named_parameters(recurse=False))) if name not in ATTENTION_PARTS]
     qkv = ("qkv_proj",) if "qkv_proj" in parts else ("q_proj", "k_proj", "v_proj")
     if strange or any(name not in parts for name in (*qkv, "o_proj")):
-        raise Unfit(f"{type(attention).__name__} has parts {', '.join(sorted(parts)) or 'without names'}" + (f" and {strange[0]}" if strange else ""))
+        raise Unfit(f"{type(attention).__name__} has parts {', '.join(sorted({*parts, *strange})) or 'without names'}")
     if mlp is None:
         raise Unfit(f"{type(layer).__name__} has no mlp")
     if not getattr(attention, "is_causal", True):
@@ -142,10 +152,11 @@ def _readings(layer: nn.Module) -> Iterator[Plan]:
     forms.update({name: _form(getattr(attention, name)) for name in ("q_norm", "k_norm") if name in parts})
     head_dim, heads, groups = _heads(attention)
     inner = _inner(mlp)
+    multiplier, softcap = getattr(layer, "residual_multiplier", 1.0), getattr(attention, "attn_logit_softcapping", None)
     for place, rotary, gated in product(places, (True, False), (_act(mlp), "") if inner else ("",)):
         yield Plan(
             place, qkv, inner if gated else (), _qk_norm(parts, attention, heads * head_dim, head_dim), forms, gated,
-            float(getattr(layer, "residual_multiplier", 1.0)), _window(attention), float(getattr(attention, "attn_logit_softcapping", None) or 0.0),
+            float(multiplier), _window(attention), float(softcap or 0.0),  # type: ignore[arg-type]
             float(attention.scaling), heads, groups, head_dim, rotary,  # type: ignore[arg-type]
         )  # fmt: skip
 
@@ -162,8 +173,8 @@ def _heads(attention: Any) -> tuple[int, int, int]:
     """(head width, query heads, key-value heads)."""
     config = getattr(attention, "config", None)
     head_dim, repeats = getattr(attention, "head_dim", None), getattr(attention, "num_key_value_groups", None)
-    heads = getattr(config, "num_attention_heads", None)
-    if not all(isinstance(value, int) for value in (head_dim, repeats, heads)) or not isinstance(getattr(attention, "scaling", None), float):
+    heads, scaling = getattr(config, "num_attention_heads", None), getattr(attention, "scaling", None)
+    if not (isinstance(head_dim, int) and isinstance(repeats, int) and isinstance(heads, int) and isinstance(scaling, float)):
         raise Unfit(f"{type(attention).__name__} does not say head_dim, heads and scaling")
     return head_dim, heads, heads // repeats
 
@@ -202,9 +213,10 @@ def _form(module: Any) -> int:
     x = torch.randn(3, weight.numel(), generator=generator).to(weight.device, weight.dtype) * 3 + 1
     wanted = module(x)
     try:
-        errors = [float((rms_norm(x, weight, _eps(module), form)[0].float() - wanted.float()).abs().max()) for form in (0, 1, 2)]
+        eps = epsilon(module)
     except TypeError as unknown:
         raise Unfit(str(unknown)) from None
+    errors = [float((rms_norm(x, weight, eps, form)[0].float() - wanted.float()).abs().max()) for form in (0, 1, 2)]
     best = min(range(3), key=errors.__getitem__)
     if not errors[best] <= ROUNDINGS * torch.finfo(weight.dtype).eps * float(wanted.float().abs().max()):
         raise Unfit(f"{type(module).__name__} is no RMSNorm of a known form")
@@ -216,8 +228,8 @@ def _inner(mlp: nn.Module) -> tuple[str, ...]:
     linear = {name for name, _ in mlp.named_children() if name.endswith("_proj")}
     if any(parameter.ndim != 1 for _, parameter in mlp.named_parameters(recurse=False)):
         return ()
-    known = {frozenset({"gate_proj", "up_proj", "down_proj"}): ("gate_proj", "up_proj"), frozenset({"gate_up_proj", "down_proj"}): ("gate_up_proj",)}
-    return known.get(frozenset(linear), ())
+    known = ({"gate_proj", "up_proj", "down_proj"}, ("gate_proj", "up_proj")), ({"gate_up_proj", "down_proj"}, ("gate_up_proj",))
+    return next((names for parts, names in known if parts == linear), ())
 
 
 @torch.no_grad()
@@ -280,4 +292,4 @@ def _fitting(name: str, layer: nn.Module, readings: list[Plan], seen: _Seen, row
     raise Unfit(f"{type(layer).__name__} ({name}) computes something else: nearest {nearest:.2g}, allowed {allowed:.2g}")
 
 
-__all__ = ["Fused", "Unfit", "class_for", "decoder_layers", "fuse"]
+__all__ = ["POLICIES", "Fused", "Unfit", "decoder_layers", "fuse", "is_fused", "set_policy"]

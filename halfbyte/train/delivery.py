@@ -12,7 +12,7 @@ from halfbyte import devices
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import peft
 from halfbyte.lora.tensors import collected
-from halfbyte.models.recompute import stop_recomputing
+from halfbyte.models.recompute import use_policy
 from halfbyte.models.save import save_dense
 from halfbyte.train import checkpoint, samples
 from halfbyte.train.state import trainables_of
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 def deliver(training: "Training") -> dict[str, Any]:
     """Put the best weights into the model, write adapter or model, samples and summary; the fields of `TrainResult`."""
     delivered = load_best(training)
-    if training.config.train.gradient_checkpointing:
-        stop_recomputing(training.model)
+    use_policy(training.model, "keep")
     training.model.eval()
     adapter, model = None, None
     assembled, folder = training.assembled, training.folder
@@ -96,7 +95,7 @@ def summary_of(training: "Training", *, status: str, delivered: int | None = Non
         "last_eval_loss": evaluations[-1]["eval_loss"] if evaluations else None,
         "best_eval_loss": progress.best_metric, "best_step": progress.best_step,
         "micro_batch_size": progress.micro_batch_size or config.train.micro_batch_size,
-        "gradient_checkpointing": config.train.gradient_checkpointing, "versions": devices.versions(),
+        "activations": config.train.activations, "versions": devices.versions(),
     }
     if delivered is not None:
         of_delivered = [record for record in evaluations if record["step"] == delivered]

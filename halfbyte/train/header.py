@@ -24,7 +24,7 @@ def header_of(training: "Training") -> Header:
     lines = [
         ("model", f"{assembled.source.name}, {count_text(assembled.total_params)} parameters, {bytes_text(assembled.weight_bytes)}"),
         ("dtype", assembled.dtype + (f": {assembled.dtype_reason}" if assembled.dtype_reason else "")),
-        ("method", f"{config.method}{stored}" + (", gradient checkpointing" if train.gradient_checkpointing else "")),
+        ("method", f"{config.method}{stored}" + ("" if train.activations == "keep" else f", activations: {train.activations}")),
         ("trains", f"{count_text(assembled.trainable_params)} parameters, {percent_text(share)}"),
         ("optimizer", describe(training.groups)),
         ("data", f"{len(data.train):,} rows to train on{packed}, {len(data.eval):,} held out"),

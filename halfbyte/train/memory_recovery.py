@@ -102,6 +102,6 @@ def _does_not_fit(parts: Sequence[Batch], step: int) -> DoesNotFitError:
         "one row at a time must fit into memory", code="E-FIT-301", place=f"step {step}, row {longest.rows[0]}",
         found=f"{longest.input_ids.shape[1]} tokens in the longest row; this process uses {bytes_text(devices.rss_bytes())}",
         expected=f"{bytes_text(available)} available of {bytes_text(total)}",
-        remedy=f"set data.max_tokens below {longest.input_ids.shape[1]}, or train.gradient_checkpointing: true, or method: qlora",
+        remedy=f"set data.max_tokens below {longest.input_ids.shape[1]}, or train.activations: recompute, or method: qlora",
         nothing_done="The newest checkpoint is as it was; no row was left out.",
     )

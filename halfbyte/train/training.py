@@ -21,7 +21,7 @@ from halfbyte.evaluate.classification import evaluate_classes
 from halfbyte.evaluate.loss import EvalLoss, evaluate_loss
 from halfbyte.models.assemble import Assembled
 from halfbyte.models.heads import head_of
-from halfbyte.models.recompute import recompute
+from halfbyte.models.recompute import use_policy
 from halfbyte.models.token_loss import token_loss_sum
 from halfbyte.optim import param_groups
 from halfbyte.optim.adamw import AdamW
@@ -110,8 +110,7 @@ class Training:
         A resume that is refused has written nothing.
         """
         torch.manual_seed(self.config.train.seed)
-        if self.config.train.gradient_checkpointing:
-            recompute(self.model)
+        use_policy(self.model, self.config.train.activations)
         self.model.train()
         if resume:
             self._go_on_from_checkpoint()

@@ -142,7 +142,7 @@ optim:
   {learning_rate: 0.003, schedule: linear, final_lr_share: 0.2, warmup_share: 0.1, betas: [0.8, 0.95], eps: 1e-7, weight_decay: 0.01,
    clip_norm: 0.5, state: int8, paged: true, lora_plus_ratio: 4.0, embedding_lr: 0.0001}
 train:
-  {epochs: 2.5, micro_batch_size: 2, global_batch_size: 8, gradient_checkpointing: true, eval_every_steps: 5, save_every_steps: 7,
+  {epochs: 2.5, micro_batch_size: 2, global_batch_size: 8, activations: recompute, eval_every_steps: 5, save_every_steps: 7,
    log_every_steps: 2, keep_checkpoints: 4, early_stop_patience: 6, keep_best: false, seed: 11, trackers: [tensorboard],
    on_nan: rollback, threads: 2, sample_prompts: 1, verify_checkpoints: false}
 """

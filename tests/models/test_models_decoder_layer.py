@@ -16,7 +16,7 @@ from halfbyte.config.lora import LoraConfig
 from halfbyte.lora.inject import inject
 from halfbyte.models.decoder_layer import FusedLayer
 from halfbyte.models.lazy_logits import LazyLogits, make_lazy
-from halfbyte.models.recompute import recompute
+from halfbyte.models.recompute import use_policy
 from halfbyte.models.structure import decoder_layers, fuse
 from halfbyte.quant.linear import QuantLinear
 from halfbyte.surgery import replace
@@ -34,7 +34,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "gemma": ("Gemma", {"head_dim": 8}),
-    "gemma2": ("Gemma2", {"head_dim": 8, "sliding_window": 3, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0}),  # eager: its cap is nowhere else
+    "gemma2": ("Gemma2", {"head_dim": 8, "sliding_window": 3, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0}),
     "gemma3": ("Gemma3", {"head_dim": 8, "sliding_window": 3, "query_pre_attn_scalar": 8}),
     "phi3": ("Phi3", {}),
     "phi3-partial": ("Phi3", {"partial_rotary_factor": 0.5}),
@@ -58,7 +58,8 @@ def small(name: str, prefix: str, changes: dict[str, Any]) -> Any:
     kind = "Gemma3Text" if prefix == "Gemma3" else prefix
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **changes})
     torch.manual_seed(0)
-    model = getattr(transformers, f"{prefix}ForCausalLM")._from_config(config, attn_implementation="eager" if prefix == "Gemma2" else "sdpa")
+    attention = "eager" if prefix == "Gemma2" else "sdpa"  # its cap is nowhere else
+    model = getattr(transformers, f"{prefix}ForCausalLM")._from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -189,12 +190,14 @@ def test_full_fine_tuning_agrees() -> None:
         close(found[key], wanted[key], 1e-4, key)
 
 
-def test_policy_recompute_mlp_gives_the_same_bits() -> None:
+@pytest.mark.parametrize("policy", ["recompute_mlp", "recompute", "offload"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe"])
+def test_policies_give_the_same_bits(name: str, policy: str) -> None:
     """What is computed again is computed the same way."""
-    model = adapted("llama").train()
+    model = adapted(name).train()
     fuse(model)
     kept = outcome(model, batch("packed"))
-    fuse(model, "recompute_mlp")
+    use_policy(model, policy)
     again = outcome(model, batch("packed"))
     assert torch.equal(kept[0], again[0])
     assert all(torch.equal(kept[2][key], again[2][key]) for key in kept[2])
@@ -216,7 +219,7 @@ def test_checkpointing_of_transformers_works_and_gives_the_same_gradients() -> N
     model = adapted("llama").train()
     fuse(model)
     wanted = outcome(model, batch("packed"))[2]
-    recompute(model)
+    model.activation_checkpointing_enable({"use_reentrant": False})
     model.zero_grad()
     loss = model(**batch("packed"), use_cache=False).loss
     model(**batch("plain"), use_cache=False)
@@ -226,7 +229,10 @@ def test_checkpointing_of_transformers_works_and_gives_the_same_gradients() -> N
             close(parameter.grad, wanted[name], 1e-5, name)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("use", [lambda z: z.argmax(-1), lambda z: z.float().log_softmax(-1), lambda z: z[:, -1], lambda z: z + 1, lambda z: torch.cat([z, z])])
+@pytest.mark.parametrize(
+    "use",
+    [lambda z: z.argmax(-1), lambda z: z.float().log_softmax(-1), lambda z: z[:, -1], lambda z: z + 1, lambda z: torch.cat([z, z])],
+)
 def test_logits_are_there_for_whoever_looks(use: Callable[[Tensor], Tensor]) -> None:
     """Lazy logits answer as the logits would, gradient included."""
     model = adapted("gemma2").train()

@@ -274,17 +274,17 @@ def test_a_bf16_model_trains_with_masters_and_delivers_bf16(tiny_llama: Tiny, tm
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
 
 
-def test_gradient_checkpointing_is_recorded_and_switched_off_again(tiny_llama: Tiny, tmp_path: Path) -> None:
+def test_recomputing_is_recorded_and_switched_off_again(tiny_llama: Tiny, tmp_path: Path) -> None:
     """T36, T44: same losses, said in header and summary, not left on."""
     plain, _ = train(adapted(small(tiny_llama)), tmp_path / "plain")
     model = adapted(small(tiny_llama))
     seen: list[bool] = []
     model.model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(bool(module.gradient_checkpointing)))
-    result, ear = train(model, tmp_path / "run", **{"train.gradient_checkpointing": True})
+    result, ear = train(model, tmp_path / "run", **{"train.activations": "recompute"})
     assert any(seen)
     assert [record["loss"] for record in steps(result)] == pytest.approx([record["loss"] for record in steps(plain)], rel=1e-6)
-    assert ear.summary["gradient_checkpointing"] is True
-    assert any("gradient checkpointing" in text for _, text in ear.header.lines)
+    assert ear.summary["activations"] == "recompute"
+    assert any("activations: recompute" in text for _, text in ear.header.lines)
     assert not model.model.layers[0].gradient_checkpointing
 
 

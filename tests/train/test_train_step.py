@@ -8,7 +8,7 @@ from torch import nn
 
 from halfbyte.errors import DoesNotFitError, NumericError
 from halfbyte.models.heads import head_of
-from halfbyte.models.recompute import recompute, stop_recomputing
+from halfbyte.models.recompute import use_policy
 from halfbyte.optim.adamw import AdamW
 from halfbyte.train import numeric_check
 from halfbyte.train.step import real_tokens, train_step
@@ -159,7 +159,7 @@ def test_recomputing_activations_changes_memory_and_nothing_else(tiny_llama: Tin
         model = adapted(model, dropout=0.2) if method == "lora" else model.requires_grad_(True)
         model.train()
         if checkpointed:
-            recompute(model)
+            use_policy(model, "recompute")
         saved = 0
 
         def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -173,7 +173,7 @@ def test_recomputing_activations_changes_memory_and_nothing_else(tiny_llama: Tin
             result = train_step(model, head_of(model), window(uneven(4), 2), spy)
         found.append((spy.seen[0], result.loss, saved, torch.get_rng_state()))
         if checkpointed:
-            stop_recomputing(model)
+            use_policy(model, "keep")
             assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     (plain, loss, kept, state), (again, loss_again, kept_again, state_again) = found
     assert float(plain.abs().max()) > 0

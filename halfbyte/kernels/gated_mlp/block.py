@@ -5,14 +5,19 @@
     g = n W_g^T ...    u = n W_u^T ...     with low-rank updates (kernels/lora_linear)
     out = s + (act(g) * u) W_d^T ...
 
-Kept for the backward pass: s, 1/rms, g, u.  n and act(g) * u are computed again from them, which costs no matrix product.  With keep=False g and u
-are computed again too (two products).  The product with W_d is never repeated: the backward pass does not need its result.
+Kept for the backward pass: s, 1/rms, g, u.  n and act(g) * u are computed again from them, which costs no matrix product.  With
+keep=False g and u are computed again too (two products).  The product with W_d is never repeated: the backward pass does not need its
+result.  A caller that runs the whole layer again says so (`without_down`), and what then comes out is not to be looked at.
+
+Where g and u are not kept, long inputs go through in tiles of TILE rows, so that the inner width F is held for a tile only.
 
 Source: https://arxiv.org/abs/2002.05202 (SwiGLU); which tensors to keep: docs/memory.md
 Shapes: r, d (T, H) -> out (T, H);  g, u (T, F)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +56,19 @@ def _split(mlp: Mlp, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return gate.contiguous(), up.contiguous()
 
 
+_repeating: ContextVar[bool] = ContextVar("repeating", default=False)
+
+
+@contextmanager
+def without_down() -> Iterator[None]:
+    """Inside, a block keeps what its backward pass needs and leaves out its last product."""
+    token = _repeating.set(True)
+    try:
+        yield
+    finally:
+        _repeating.reset(token)
+
+
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, residual: Tensor, delta: Tensor, norm: Norm, mlp: Mlp, keep: bool, *factors: Tensor) -> Tensor:
@@ -58,8 +76,11 @@ class _GatedMlp(torch.autograd.Function):
         inner = sum(2 for p in mlp.inner if p.scaling)
         gate, up = _split(mlp, project(normed, mlp.inner, factors[:inner]))
         del normed
-        (out,) = project(gated_act(gate, up, mlp.act), (mlp.down,), factors[inner:])
-        out.add_(summed)
+        if _repeating.get():
+            out = summed.detach()
+        else:
+            (out,) = project(gated_act(gate, up, mlp.act), (mlp.down,), factors[inner:])
+            out.add_(summed)
         kept = (gate, up) if keep else ()
         ctx.save_for_backward(summed, rstd, *kept, *factors)
         ctx.norm, ctx.mlp, ctx.keep, ctx.inner = norm, mlp, keep, inner

@@ -29,7 +29,7 @@ from halfbyte.kernels.rms_norm import rms_norm_backward
 
 @dataclass(frozen=True)
 class Projection:
-    """One frozen map and its update.  weight(dtype) -> (O, I) of that dtype, without gradient; lora_a and lora_b are None where there is no update."""
+    """One frozen map and its update, None where there is none.  weight(dtype) -> (O, I) of that dtype, without gradient."""
 
     weight: Callable[[torch.dtype], Tensor]
     bias: Tensor | None = None
