@@ -60,6 +60,13 @@ def test_the_forms_are_those_of_transformers(form: int, module: type, dtype: tor
     torch.testing.assert_close(got, want, rtol=2**-7 if dtype == torch.bfloat16 else 2e-6, atol=1e-6)
 
 
+def test_the_norm_is_of_the_rounded_sum() -> None:
+    """# T57: what the backward is given is the rounded sum, so its norm must be that of it."""
+    x, residual = torch.randn(20, 64).bfloat16() * 3, torch.randn(20, 64).bfloat16()
+    summed, _, rstd = add_rms_norm(x, residual, torch.ones(64), EPS, 1)
+    torch.testing.assert_close(rstd, reference.rms_norm(summed.double(), torch.ones(64), EPS, 1)[1].float(), rtol=3e-7, atol=0)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_in_float64(form: int) -> None:
     x, residual, _, _, weight = (tensor.requires_grad_() for tensor in _inputs((3, 7), torch.float64))

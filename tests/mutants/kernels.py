@@ -4,25 +4,81 @@ from tests.mutants.mutant import Mutant
 
 _WRITE = "halfbyte/kernels/quantize_blockwise/"
 _READ = "halfbyte/kernels/dequantize_blockwise/"
-_LOSS = "halfbyte/kernels/linear_cross_entropy/reference.py"
+_LOSS = "halfbyte/kernels/linear_cross_entropy/"
+_NORM = "halfbyte/kernels/rms_norm/"
+_ROPE = "halfbyte/kernels/rope/"
+_GATED = "halfbyte/kernels/gated_mlp/"
 _BLOCKWISE = "tests/kernels/test_kernels_blockwise.py::"
 _CROSS_ENTROPY = "tests/kernels/test_kernels_linear_cross_entropy.py::"
 _BYTES = "tests/quant/test_quant_bitsandbytes.py::test_packed_bytes_and_absmax_equal"
 
 MUTANTS = [
     Mutant(
-        "T27", "the upstream gradient is ignored", _LOSS, "(d_hidden * scalar).to(d_hidden.dtype)", "d_hidden",
+        "T27", "the upstream gradient is ignored", _LOSS + "chunks.py", "(d_hidden * scalar).to(d_hidden.dtype)", "d_hidden",
         _CROSS_ENTROPY + "test_non_uniform_upstream_gradient",
     ),
     Mutant(
-        "T27", "p - 1 of the true class is formed after rounding", _LOSS,
-        "        z.scatter_add_(1, labels[:, None], z.new_full((len(labels), 1), -1.0))",
-        "        z.copy_(z.bfloat16()).scatter_add_(1, labels[:, None], z.new_full((len(labels), 1), -1.0))",
-        _CROSS_ENTROPY + "test_true_class_gradient_is_formed_in_float32",
+        "T27", "p - 1 of the true class is formed after rounding", _LOSS + "cpu.py",
+        "store(z, at + labels[row], (exp(value - top) * share - _ONE) * (_ONE - bend * bend) * scale)",
+        "store(z, at + labels[row], load(z, at + labels[row]) - scale)", _CROSS_ENTROPY + "test_true_class_gradient_is_formed_in_float32",
     ),
     Mutant(
-        "T27", "the slope of the soft cap is left out", _LOSS, "            z *= slope", "            z *= 1.0",
+        "T27", "the slope of the soft cap is left out (reference)", _LOSS + "reference.py", "            wide *= slope", "            wide *= 1.0",
         _CROSS_ENTROPY + "test_gradients_in_float64",
+    ),
+    Mutant(
+        "T27", "the slope of the soft cap is left out (CPU)", _LOSS + "cpu.py", " * (_ONE - t * t) * factor", " * factor",
+        _CROSS_ENTROPY + "test_logits_become_their_gradient",
+    ),
+    Mutant(
+        "T27", "a sum is not carried over to a new maximum", _LOSS + "cpu.py", "                total *= exp(top - seen)",
+        "                total *= _ONE", _CROSS_ENTROPY + "test_extreme_logits",
+    ),
+    Mutant(
+        "T27", "the rows of the gradient are not put back where they belong", _LOSS + "chunks.py", ".index_copy_(0, rows, d_x)",
+        ".index_copy_(0, torch.arange(len(rows)), d_x)", _CROSS_ENTROPY + "test_gradients_in_float64",
+    ),
+    Mutant(
+        "T42", "a row's maximum drops NaN and the sum starts over", _LOSS + "cpu.py", "            total += part",
+        "            total += part if part > 0 else np.float32(0)", _CROSS_ENTROPY + "test_what_is_no_number_shows_in_the_loss",
+    ),
+    Mutant(
+        "T57", "the normalised row is not rounded before the weight", _NORM + "cpu.py",
+        "                store(y, at + i, load(x, at + i) * r)\n            for i in range(H):\n                store(y, at + i, load(y, at + i) * w[i])",
+        "                store(y, at + i, load(x, at + i) * r * w[i])",
+        "tests/kernels/test_kernels_rms_norm.py::test_the_forms_are_those_of_transformers",
+    ),
+    Mutant(
+        "T57", "the norm is taken of the sum before it is rounded", _NORM + "cpu.py", "            value = load(summed, at + i)",
+        "            value = load(x, at + i) + load(residual, at + i)",
+        "tests/kernels/test_kernels_rms_norm.py::test_the_norm_is_of_the_rounded_sum",
+    ),
+    Mutant(
+        "T27", "the second gradient of a sum and its norm is lost", _NORM + "__init__.py", "rstd, ctx.form, d_summed)", "rstd, ctx.form)",
+        "tests/kernels/test_kernels_rms_norm.py::test_gradients_in_float64",
+    ),
+    Mutant(
+        "T40", "the gradient of a rotation turns the same way", _ROPE + "__init__.py", "not ctx.inverse", "ctx.inverse",
+        "tests/kernels/test_kernels_rope.py::test_gradients_in_float64",
+    ),
+    Mutant(
+        "T40", "neighbouring columns are paired (in place)", _ROPE + "cpu.py",
+        "            a = token * token_step + head * head_step\n            b = a + half\n            if inverse:",
+        "            a = token * token_step + head * head_step\n            b = a + 1\n            if inverse:",
+        "tests/kernels/test_kernels_rope.py::test_equals_the_float64_reference",
+    ),
+    Mutant(
+        "T51", "a slice of a fused projection is read as if it were alone", _ROPE + "cpu.py",
+        "cos.shape[1], x.stride(0), x.stride(1), inverse, work=y", "cos.shape[1], heads * width, width, inverse, work=y",
+        "tests/kernels/test_kernels_rope.py::test_slices_of_a_fused_projection",
+    ),
+    Mutant(
+        "T51", "rows of a slice are read as if they lay side by side", "halfbyte/kernels/rows.py", "width,), (1,)), stride",
+        "width,), (1,)), width", "tests/kernels/test_kernels_gated_mlp.py::test_halves_of_one_projection_and_turned_tensors",
+    ),
+    Mutant(
+        "T27", "the slope of gelu's tangent is that of silu", _GATED + "cpu.py", " * (_TWICE * (_ONE + _THREE_CUBES * g * g))", "",
+        "tests/kernels/test_kernels_gated_mlp.py::test_equals_pytorch_in_float64",
     ),
     Mutant(
         "T47", "the last block's scale looks at a whole block", _WRITE + "cpu.py",
