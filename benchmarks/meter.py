@@ -4,6 +4,7 @@ import resource
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 EVERY_SECONDS = 0.02
 
@@ -26,11 +27,15 @@ def process_age() -> float:
 class Meter(threading.Thread):
     """begin() right before the first step, step(loss) after each; a step lasts from the end of the one before to its own.
 
-    A thread reads RssAnon every 20 ms; resident memory has its peak kept by the system (VmHWM).
+    A thread reads RssAnon every 20 ms; resident memory has its peak kept by the system (VmHWM).  On a GPU its memory is counted from
+    begin() on, and of `steps` steps the last is not timed: the profiler counts its kernels and copies.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu", steps: int = 0) -> None:
         super().__init__(daemon=True)
+        self.cuda, self.steps = device.startswith("cuda"), steps
+        self.launches = 0
+        self._profile: Any = None
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.minor_faults: list[int] = []
@@ -53,17 +58,44 @@ class Meter(threading.Thread):
 
     def begin(self) -> None:
         """The first step comes now."""
+        if self.cuda:
+            import torch
+
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
         self.startup = process_age()
         self._last = self._now()
 
     def step(self, loss: float) -> None:
-        """A step is over."""
+        """A step is over; reading its loss has waited for the device."""
+        self.losses.append(float(loss))
+        if self._profile is not None:
+            self._count_launches()
+            return
         now, last = self._now(), self._last
         self.seconds.append(now[0] - last[0])
         self.processor_seconds.append(now[1] - last[1])
         self.minor_faults.append(now[2] - last[2])
-        self.losses.append(float(loss))
+        if self.cuda and len(self.seconds) == self.steps - 1:
+            import torch
+
+            self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self._profile.start()
         self._last = now
+
+    def _count_launches(self) -> None:
+        import torch
+
+        self._profile.stop()
+        self.launches = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in self._profile.events())
+
+    def _device(self) -> dict[str, object]:
+        if not self.cuda:
+            return {}
+        import torch
+
+        held = {"peak_device_bytes": torch.cuda.max_memory_allocated(), "peak_device_reserved_bytes": torch.cuda.max_memory_reserved()}
+        return {**held, "launches_per_step": self.launches}
 
     def result(self) -> dict[str, object]:
         """What was measured."""
@@ -73,4 +105,5 @@ class Meter(threading.Thread):
             "processor_seconds": [round(one, 4) for one in self.processor_seconds],
             "losses": self.losses, "minor_faults": self.minor_faults,
             "startup_seconds": round(self.startup, 3), "peak_rss_bytes": status_bytes("VmHWM"), "peak_rss_anon_bytes": self.peak_anon,
+            **self._device(),
         }  # fmt: skip

@@ -6,6 +6,10 @@
 | trl-{nf4,bf16,fp32}       | TRL's SFTTrainer with its defaults; only data, steps, batch, rate, schedule and threads are ours  |
 | train-{nf4,bf16,fp32}     | what `halfbyte train` runs: the same settings object, the same loop, one more observer            |
 | loop-{nf4,bf16,fp32}      | `hb.load`, `hb.inject`, `model(..., labels=...).loss` in a plain loop with halfbyte's AdamW       |
+| unsloth-nf4, liger-nf4    | on a GPU only, in the same plain loop as peft                                                     |
+
+A third word says what is kept for the backward pass where that is not the arm's default: `recompute` keeps each layer's input only, `keep`
+everything; ours are those of `train.activations`.
 
 bf16 and fp32 name the base; adapters are fp32 (TRL makes those of a 4-bit base bf16).  In nf4 the rest of the base is bf16, but float32
 under TRL, which loads so by default and computes under bf16 autocast.  Positions restart at each document, no arm uses a cache.
@@ -32,11 +36,12 @@ DTYPES = {"nf4": "bfloat16", "bf16": "bfloat16", "fp32": "float32"}
 class Job:
     """What an arm was asked for."""
 
-    def __init__(self, work: Path, mode: str, precision: str, steps: int, device: str) -> None:
-        self.work, self.mode, self.precision, self.steps, self.device = work, mode, precision, steps, device
+    def __init__(self, work: Path, mode: str, precision: str, kept: str, steps: int, device: str) -> None:
+        self.work, self.mode, self.precision, self.kept, self.steps, self.device = work, mode, precision, kept, steps, device
         self.inputs = json.loads((work / "inputs.json").read_text())
         self.settings = train_inputs.Settings(**self.inputs["settings"])
         self.model_folder = self.inputs["model_folder"]
+        self.quantized = "quantization_config" in json.loads((Path(self.model_folder) / "config.json").read_text())
         self.notes: dict[str, object] = {}
 
     def batches(self) -> Iterator[dict[str, Any]]:
@@ -73,7 +78,7 @@ def peft_model(job: Job, load: Any, dtype: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     settings: dict[str, Any] = {"dtype": getattr(torch, dtype)}
-    if job.precision == "nf4":
+    if job.precision == "nf4" and not job.quantized:
         settings["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
         )
@@ -81,16 +86,53 @@ def peft_model(job: Job, load: Any, dtype: str) -> Any:
     return PeftModel.from_pretrained(model, str(job.work / "adapter"), is_trainable=True)
 
 
-def peft(job: Job, meter: Meter) -> None:
-    """transformers + PEFT, no checkpointing."""
+def with_torch_adamw(job: Job, meter: Meter, model: Any) -> None:
+    """The plain loop with torch's fused AdamW."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = peft_model(job, AutoModelForCausalLM.from_pretrained, DTYPES[job.precision])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=job.settings.learning_rate, weight_decay=0.0, fused=True)
     job.notes["adapter_dtype"] = str(trained[0].dtype)
     plain_loop(job, meter, model, optimizer)
+
+
+def peft(job: Job, meter: Meter) -> None:
+    """transformers + PEFT, without checkpointing unless the arm says so."""
+    from transformers import AutoModelForCausalLM
+
+    model = peft_model(job, AutoModelForCausalLM.from_pretrained, DTYPES[job.precision])
+    if job.kept == "recompute":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with_torch_adamw(job, meter, model)
+
+
+def liger(job: Job, meter: Meter) -> None:
+    """PEFT over Liger's kernels and its fused head and loss."""
+    from liger_kernel.transformers import AutoLigerKernelForCausalLM
+
+    with_torch_adamw(job, meter, peft_model(job, AutoLigerKernelForCausalLM.from_pretrained, DTYPES[job.precision]))
+
+
+def unsloth(job: Job, meter: Meter) -> None:
+    """Unsloth with its default checkpointing, or with none; bf16 autocast, as its trainer sets it."""
+    import torch
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+    from unsloth import FastLanguageModel
+
+    settings = job.settings
+    kept: object = False if job.kept == "keep" else "unsloth"
+    model, _ = FastLanguageModel.from_pretrained(
+        job.model_folder, max_seq_length=settings.tokens, dtype=torch.bfloat16, load_in_4bit=True, use_gradient_checkpointing=kept
+    )
+    named = json.loads((job.work / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    model = FastLanguageModel.get_peft_model(
+        model, r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0, bias="none", use_gradient_checkpointing=kept,
+        target_modules=sorted({name.split(".")[-1] for name in named}), random_state=train_inputs.SEED,
+    )  # fmt: skip
+    set_peft_model_state_dict(model, load_file(job.work / "adapter" / "adapter_model.safetensors"))
+    with torch.autocast("cuda", torch.bfloat16):
+        with_torch_adamw(job, meter, model)
 
 
 def trl(job: Job, meter: Meter) -> None:
@@ -110,7 +152,7 @@ def trl(job: Job, meter: Meter) -> None:
         str(job.work / "trl"), max_steps=job.steps, per_device_train_batch_size=job.settings.rows, learning_rate=job.settings.learning_rate,
         lr_scheduler_type="constant", train_sampling_strategy="sequential", save_strategy="no", report_to="none", disable_tqdm=True,
         use_cpu=job.device == "cpu", remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
-        data_seed=train_inputs.SEED,
+        data_seed=train_inputs.SEED, **({"gradient_checkpointing": False} if job.kept == "keep" else {}),
     )  # fmt: skip
 
     class Told(TrainerCallback):
@@ -162,13 +204,16 @@ def same_start(job: Job, model: Any) -> None:
 def loop(job: Job, meter: Meter) -> None:
     """halfbyte as a library, in somebody's own loop."""
     import halfbyte as hb
+    from halfbyte.models.recompute import use_policy
     from halfbyte.optim.adamw import AdamW
 
     settings = job.settings
-    model, _ = hb.load(job.model_folder, quant="nf4" if job.precision == "nf4" else None, dtype=DTYPES[job.precision])
+    quant = "nf4" if job.precision == "nf4" and not job.quantized else None
+    model, _ = hb.load(job.model_folder, quant=quant, dtype=DTYPES[job.precision])
+    model.to(job.device)
     hb.inject(model, seed=train_inputs.SEED, rank=settings.rank, alpha=settings.alpha, targets=train_inputs.TARGETS)
     same_start(job, model)
-    model.to(job.device)
+    use_policy(model, job.kept or "keep")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     job.notes["adapter_dtype"] = str(trained[0].dtype)
     plain_loop(job, meter, model, AdamW(trained, lr=settings.learning_rate))
@@ -195,16 +240,16 @@ def train(job: Job, meter: Meter) -> None:
 
         def finished(self, summary: dict[str, Any]) -> None: ...
 
-    out = job.work / "runs" / f"{job.precision}-{job.mode}"
+    out = job.work / "runs" / "-".join(filter(None, (job.precision, job.mode, job.kept)))
     shutil.rmtree(out, ignore_errors=True)
     asked = {
-        "model": job.model_folder, "method": "qlora" if job.precision == "nf4" else "lora", "out": str(out),
+        "model.name": job.model_folder, "method": "qlora" if job.precision == "nf4" else "lora", "out": str(out),
         "model.dtype": DTYPES[job.precision], "train.max_steps": job.steps, "train.threads": threads(),
-        **train_inputs.train_settings(job.work, job.mode, job.settings),
+        "train.activations": job.kept or "keep", **train_inputs.train_settings(job.work, job.mode, job.settings),
     }  # fmt: skip
-    asked["model.name"] = asked.pop("model")
     prepared = prepare(load_config(None, flags=asked))
     same_start(job, prepared.assembled.model)
+    prepared.assembled.model.to(job.device)
     train_prepared(prepared, observers=[for_this_terminal(), Watch()])
 
 
@@ -215,22 +260,22 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-KINDS = {"peft": peft, "trl": trl, "train": train, "loop": loop}
-ARMS = tuple(f"{kind}-{precision}" for precision in PRECISIONS for kind in KINDS)
+KINDS = {"peft": peft, "trl": trl, "train": train, "loop": loop, "unsloth": unsloth, "liger": liger}
+ARMS = tuple(f"{kind}-{precision}" for precision in PRECISIONS for kind in ("peft", "trl", "train", "loop"))
 
 
 def run(arm: str, work: Path, mode: str, steps: int, device: str) -> dict[str, object]:
     """One arm here and now."""
-    meter = Meter()
-    kind, precision = arm.split("-")
-    job = Job(work, mode, precision, steps, device)
+    meter = Meter(device, steps)
+    kind, precision, *kept = arm.split("-")
+    job = Job(work, mode, precision, *(kept or [""]), steps, device)
     KINDS[kind](job, meter)
     return {"arm": arm, "mode": mode, "steps": steps, "threads": threads(), **meter.result(), "notes": job.notes}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("arm", choices=ARMS)
+    parser.add_argument("arm")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--mode", choices=train_inputs.MODES, default="completion")
     parser.add_argument("--steps", type=int, default=6)

@@ -5,10 +5,10 @@
     adapter/                      a PEFT adapter folder, B zero: the start of every arm
     inputs.json                   the settings of all this, and the counts (tokens: without padding, for each step)
 
-A document is prompt + newline + completion + end token of `e2e_nlg`.  Mode `completion` trains on the completion and the end token, mode
-`all` on every token but a document's first.  The batches are what halfbyte's own packing (best fit, 512 tokens a row) and order (seed 0)
-give, so ours and the peers see the same tokens in the same rows and steps.  Positions restart at each document; peers keep the documents
-of a row apart by them, as transformers does.
+A document is prompt + newline + completion + end token of `e2e_nlg`; for models of random weights, one row of random tokens.  Mode
+`completion` trains on the completion and the end token, mode `all` on every token but a document's first.  The batches are what halfbyte's
+own packing (best fit, 512 tokens a row) and order (seed 0) give, so ours and the peers see the same tokens in the same rows and steps.
+Positions restart at each document; peers keep the documents of a row apart by them, as transformers does.
 """
 
 import json
@@ -27,6 +27,7 @@ class Settings:
     """The work of one benchmark; everything that has an influence on the numbers is here or in the arm's name."""
 
     model: str = "starter"
+    documents: str = "e2e_nlg"
     rank: int = 16
     alpha: int = 32
     rows: int = 4
@@ -34,6 +35,15 @@ class Settings:
     windows: int = 24
     learning_rate: float = 1e-3
     clip_norm: float = 1.0
+
+
+def random_documents(tokenizer: object, settings: Settings) -> list[tuple[list[int], int]]:
+    """As many documents of random tokens as there are rows, each filling its row; a quarter of it is prompt."""
+    import torch
+
+    generator = torch.Generator().manual_seed(SEED)
+    drawn = torch.randint(len(tokenizer), (settings.windows * settings.rows, settings.tokens), generator=generator)  # type: ignore[arg-type]
+    return [(row, settings.tokens // 4) for row in drawn.tolist()]
 
 
 def documents(tokenizer: object, wanted: int) -> list[tuple[list[int], int]]:
@@ -53,7 +63,10 @@ def documents(tokenizer: object, wanted: int) -> list[tuple[list[int], int]]:
 
 def write_rows(folder: Path, tokenizer: object, settings: Settings) -> None:
     """rows-<mode>.jsonl for both modes; a document longer than a row is left out."""
-    found = documents(tokenizer, settings.windows * settings.rows * settings.tokens)
+    if settings.documents == "random":
+        found = random_documents(tokenizer, settings)
+    else:
+        found = documents(tokenizer, settings.windows * settings.rows * settings.tokens)
     found = [one for one in found if len(one[0]) <= settings.tokens]
     for mode in MODES:
         untrained = [prompt if mode == "completion" else 0 for _, prompt in found]
@@ -108,9 +121,11 @@ def write_adapter(folder: Path, source: Path, settings: Settings) -> int:
 
     import halfbyte as hb
     from halfbyte.adapters.folder import save_adapter
+    from halfbyte.config import LoraConfig
+    from halfbyte.lora.inject import inject
 
-    model, _ = hb.load(source, dtype="float32")
-    injected = hb.inject(model, seed=SEED, rank=settings.rank, alpha=settings.alpha, targets=TARGETS)
+    model, _ = hb.load(source, dtype="bfloat16")
+    injected = inject(model, LoraConfig(rank=settings.rank, alpha=settings.alpha, targets=TARGETS), seed=SEED)
     with torch.no_grad():
         save_adapter(model, folder / "adapter", base_name=str(source), allow_untrained=True)
     return injected.trainable_params
