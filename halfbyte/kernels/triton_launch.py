@@ -23,7 +23,9 @@ def power_of_2(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
 
 
-def launch(kernel: Any, programs: int, *arguments: Tensor | int | float | None, warps: int = 4, exact: bool = False, **constants: Any) -> None:
+def launch(
+    kernel: Any, programs: int, *arguments: Tensor | int | float | None, warps: int = 4, exact: bool = False, **constants: Any
+) -> None:
     """Run `programs` programs of a kernel on the device of its first argument; `constants` are its compile-time arguments."""
     if programs == 0:
         return

@@ -1,4 +1,4 @@
-"""The Triton kernels: their numbers in Triton's interpreter on any machine, what the compiler makes of them, and on a GPU where there is one.
+"""The Triton kernels: in Triton's interpreter on any machine, as the compiler makes them, and on a GPU where there is one.
 
 The checks are in triton_checks.py and triton_compiles.py.  They run in processes of their own, for TRITON_INTERPRET is read when Triton is
 imported, and a kernel is either interpreted or compiled.
@@ -27,7 +27,7 @@ def _names(file: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    """(file of checks, interpreted?) -> name of the check -> what went wrong in its cases; each file runs once, with the checks asked for."""
+    """(file of checks, interpreted?) -> name of a check -> what went wrong in its cases; a file runs once, with the checks asked for."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("the package triton is not installed")
     wanted = {item.callspec.params["name"] for item in request.session.items if "outcomes" in getattr(item, "fixturenames", ())}  # type: ignore[attr-defined]

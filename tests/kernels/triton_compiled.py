@@ -30,7 +30,9 @@ class Compiled:
         return re.search(pattern, self.ptx) is not None
 
 
-def compile_launch(capability: int, kernel: Any, programs: int, *arguments: Any, warps: int = 4, exact: bool = False, **constants: Any) -> Compiled:
+def compile_launch(
+    capability: int, kernel: Any, programs: int, *arguments: Any, warps: int = 4, exact: bool = False, **constants: Any
+) -> Compiled:
     """What `launch` would have compiled, for a GPU of this compute capability (90: H100)."""
     signature: dict[str, str] = {}
     fixed: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Triton's interpreter made fit for checking kernels; used in a process of its own, where TRITON_INTERPRET was set before Triton was imported.
+"""Triton's interpreter made fit for checking kernels, in a process where TRITON_INTERPRET was set before Triton was imported.
 
 The interpreter cuts fp32 off when it makes bf16 of it, where the compiler's code rounds to nearest even (cvt.rn): here it rounds too.
 """

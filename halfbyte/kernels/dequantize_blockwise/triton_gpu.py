@@ -68,6 +68,6 @@ def dequantize_into(out: Tensor, stored: Tensor, absmax: Tensor, codebook: Tenso
     blocks = max(1, TILE // width)
     parts = (stored.contiguous(), absmax.contiguous(), codebook, *(part.contiguous() for part in nested or ()))
     launch(
-        _dequantize, -(-numel // (blocks * blocksize)), out, *parts, *(() if nested else (None, None, None)), numel, stored.numel(), exact=True,
-        BLOCKSIZE=blocksize, WIDTH=width, BLOCKS=blocks, PACKED=codebook.numel() == 16,
+        _dequantize, -(-numel // (blocks * blocksize)), out, *parts, *(() if nested else (None, None, None)), numel, stored.numel(),
+        exact=True, BLOCKSIZE=blocksize, WIDTH=width, BLOCKS=blocks, PACKED=codebook.numel() == 16,
     )  # fmt: skip

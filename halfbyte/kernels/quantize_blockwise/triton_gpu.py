@@ -80,7 +80,7 @@ def quantize_blockwise(x: Tensor, codebook: Tensor, blocksize: int) -> tuple[Ten
     absmax = torch.empty(-(-numel // blocksize), dtype=torch.float32, device=x.device)
     blocks = max(1, TILE // width)
     launch(
-        _quantize, -(-numel // (blocks * blocksize)), flat, stored, absmax, thresholds, order.to(torch.uint8), numel, stored.numel(), exact=True,
-        BLOCKSIZE=blocksize, WIDTH=width, BLOCKS=blocks, PACKED=packed,
+        _quantize, -(-numel // (blocks * blocksize)), flat, stored, absmax, thresholds, order.to(torch.uint8), numel, stored.numel(),
+        exact=True, BLOCKSIZE=blocksize, WIDTH=width, BLOCKS=blocks, PACKED=packed,
     )  # fmt: skip
     return stored, absmax
