@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import WeightError
-from halfbyte.kernels.dequantize_blockwise import dequantize_blockwise
+from halfbyte.kernels.dequantize_blockwise import dequantize_blockwise, dequantize_into
 from halfbyte.kernels.quantize_blockwise import quantize_blockwise
 from halfbyte.quant.codebooks import CODEBOOKS
 from halfbyte.quant.int8_matmul import dense_rows
@@ -53,12 +53,21 @@ def dequantize(stored: Tensor, state: QuantState, dtype: torch.dtype | None = No
     dtype = dtype or state.dtype
     if state.format == "int8":
         return dense_rows(stored, state.absmax, dtype)
-    flat = dequantize_blockwise(stored.reshape(-1), plain_absmax(state), state.codebook, state.blocksize, state.numel, dtype)
+    nested = None if state.nested is None else state.nested.tensors
+    flat = dequantize_blockwise(stored.reshape(-1), state.absmax, state.codebook, state.blocksize, state.numel, dtype, nested)
     return flat.view(state.shape)
 
 
+def dequantize_to(out: Tensor, stored: Tensor, state: QuantState) -> Tensor:
+    """The dense tensor written into `out`, contiguous and of `state.shape`, which is returned: no fresh memory is asked for."""
+    if state.format == "int8":
+        return out.copy_(dense_rows(stored, state.absmax, out.dtype))
+    nested = None if state.nested is None else state.nested.tensors
+    return dequantize_into(out, stored.reshape(-1), state.absmax, state.codebook, state.blocksize, nested)
+
+
 def plain_absmax(state: QuantState) -> Tensor:
-    """(N,) fp32: the scales, read back where they are stored in 8 bits."""
+    """(N,) fp32: the scales, read back where they are stored in 8 bits; the kernels do this on the way."""
     nested = state.nested
     if nested is None:
         return state.absmax

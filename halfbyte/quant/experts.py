@@ -209,8 +209,8 @@ class QuantExperts(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             if self.format == "int8":
                 return matmul_int8(x, stored, state.absmax, self.dtype)
-            shape = (state.shape[0], state.shape[1])
-            return matmul_4bit(x, stored, blockwise.plain_absmax(state), state.codebook, self.blocksize, shape, self.dtype)
+            shape, nested = (state.shape[0], state.shape[1]), None if state.nested is None else state.nested.tensors
+            return matmul_4bit(x, stored, state.absmax, state.codebook, self.blocksize, shape, self.dtype, nested)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         """The stock module's gate, which reads its settings and activation from this module."""

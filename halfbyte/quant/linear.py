@@ -105,11 +105,15 @@ class QuantLinear(nn.Module):
     @property
     def state(self) -> QuantState:
         """How the bytes are read; made from the buffers at each call, so it is always where they are."""
-        nested = None
-        if self.absmax2 is not None and self.nested_codebook is not None and self.offset is not None:
-            nested = Nested(self.absmax2, self.nested_codebook, self.offset)
+        nested = None if self._nested is None else Nested(*self._nested)
         codebook = self.codebook if self.codebook is not None else self.absmax.new_empty(0)
         return QuantState(self.format, codebook, self.absmax, self.blocksize, (self.out_features, self.in_features), self.dtype, nested)
+
+    @property
+    def _nested(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        if self.absmax2 is None or self.nested_codebook is None or self.offset is None:
+            return None
+        return self.absmax2, self.nested_codebook, self.offset
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """(out, in) the dense weight in `dtype` (default: the dtype it had before)."""
@@ -127,9 +131,8 @@ class QuantLinear(nn.Module):
             if self.format == "int8":
                 y = matmul_int8(x, self.weight, self.absmax, self.dtype)
             else:
-                absmax = blockwise.plain_absmax(self.state)
-                shape = (self.out_features, self.in_features)
-                y = matmul_4bit(x, self.weight.reshape(-1), absmax, self.codebook, self.blocksize, shape, self.dtype)
+                shape, nested = (self.out_features, self.in_features), self._nested
+                y = matmul_4bit(x, self.weight.view(-1), self.absmax, self.codebook, self.blocksize, shape, self.dtype, nested)
             if self.bias is not None:
                 y = y + self.bias.to(y.dtype)
         return y.to(arrived)

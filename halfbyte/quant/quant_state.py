@@ -23,6 +23,11 @@ class Nested:
     offset: Tensor
     blocksize: int = NESTED_BLOCKSIZE
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As the kernels take it."""
+        return self.absmax2, self.codebook, self.offset
+
 
 @dataclass(frozen=True)
 class QuantState:

@@ -1,22 +1,23 @@
 """quantize_blockwise and dequantize_blockwise: the CPU kernels against the reference and a NumPy oracle, to the bit."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from halfbyte.kernels.dequantize_blockwise import avx512, dequantize_blockwise
 from halfbyte.kernels.dequantize_blockwise import cpu as read_cpu
+from halfbyte.kernels.dequantize_blockwise import dequantize_blockwise, dequantize_into
 from halfbyte.kernels.dequantize_blockwise import reference as read_reference
 from halfbyte.kernels.quantize_blockwise import cpu as write_cpu
 from halfbyte.kernels.quantize_blockwise import quantize_blockwise
 from halfbyte.kernels.quantize_blockwise import reference as write_reference
 from halfbyte.quant.codebooks import CODEBOOKS
+from tests.kernels.blockwise_checks import FLOATS, SIZES, nested_scales, reads_back, writes
 from tests.quant.quant_oracle import look_up, ranks, same_bits
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SIZES = (1, 2, 31, 32, 33, 63, 64, 65, 127, 191, 300, 4096, 5001)
 
 
 def _packed_indices(packed: torch.Tensor, numel: int) -> np.ndarray:
@@ -25,29 +26,63 @@ def _packed_indices(packed: torch.Tensor, numel: int) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", sorted(CODEBOOKS))
-@pytest.mark.parametrize("blocksize", (32, 64, 256, 4096))
+@pytest.mark.parametrize("blocksize", (2, 32, 64, 70, 256, 4096))
 def test_cpu_quantize_equals_reference(dtype: torch.dtype, name: str, blocksize: int) -> None:
     for size in SIZES:
-        x = (torch.randn(size) * 10.0 ** torch.randint(-6, 6, ())).clamp(-6e4, 6e4).to(dtype)
-        got, want = (run(x, CODEBOOKS[name], blocksize) for run in (write_cpu.quantize_blockwise, write_reference.quantize_blockwise))
-        assert same_bits(got[0], want[0]) and same_bits(got[1], want[1]), (size, dtype)
+        writes(dtype, name, blocksize, size)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", sorted(CODEBOOKS))
-@pytest.mark.parametrize("portable", (True, False))
-def test_cpu_dequantize_equals_reference(dtype: torch.dtype, name: str, portable: bool) -> None:
-    """# T57: every fast path gives the bits of the one decoder, FP4's unsorted table included."""
-    if not portable and avx512.missing():
-        pytest.skip(avx512.missing())
-    for blocksize in (32, 64, 128, 4096):
+@pytest.mark.parametrize("nested", (False, True))
+def test_cpu_dequantize_equals_reference(dtype: torch.dtype, name: str, nested: bool) -> None:
+    """# T53, T57: every fast path gives the bits of the one decoder, FP4's unsorted table and nested scales included."""
+    for blocksize in (2, 32, 64, 70, 128, 4096):
         for size in SIZES:
-            stored = torch.randint(0, 256, ((size + 1) // 2 if CODEBOOKS[name].numel() == 16 else size,), dtype=torch.uint8)
-            absmax = torch.rand(-(-size // blocksize)) * 10.0 ** torch.randint(-6, 4, ())
-            arguments = (stored, absmax, CODEBOOKS[name], blocksize, size, dtype)
-            assert same_bits(
-                read_cpu.dequantize_blockwise(*arguments, portable=portable), read_reference.dequantize_blockwise(*arguments)
-            ), (size, blocksize)
+            reads_back(dtype, name, blocksize, size, nested)
+
+
+@pytest.mark.parametrize("processor", ("haswell", "x86-64"))
+def test_other_instruction_sets_give_the_same_bits(processor: str, tmp_path: Path) -> None:
+    """# T57: the AVX2 and the plain paths, made and run by a process of their own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.blockwise_checks"], capture_output=True, text=True,
+        env={**os.environ, "NUMBA_CPU_NAME": processor, "HALFBYTE_CACHE": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.split() == [{"haswell": "avx2", "x86-64": "plain"}[processor]], done.stderr
+
+
+def test_nested_scales_are_rounded_twice() -> None:
+    """# T53: product and sum each rounded, as bitsandbytes does; a fused multiplication and addition has other bits."""
+    absmax, (absmax2, levels, offset) = nested_scales(5000)
+    product = levels.double()[absmax.long()] * absmax2.double().repeat_interleave(256)[:5000]
+    twice, once = product.float() + offset, (product + offset.double()).float()
+    assert not torch.equal(twice, once)
+    stored, codebook = torch.full((5000,), 255, dtype=torch.uint8), torch.ones(256)
+    got = dequantize_blockwise(stored, absmax, codebook, 1, 5000, torch.float32, (absmax2, levels, offset))
+    assert same_bits(got, twice)
+    ones = torch.ones(16)
+    packed = torch.zeros(5000 * 16, dtype=torch.uint8)
+    assert same_bits(dequantize_blockwise(packed, absmax, ones, 32, 5000 * 32, torch.float32, (absmax2, levels, offset))[::32], twice)
+
+
+def test_into_a_buffer_that_is_there() -> None:
+    packed, absmax = quantize_blockwise(torch.randn(200), CODEBOOKS["nf4"], 64)
+    for dtype in (*FLOATS, torch.float64):
+        out = torch.full((10, 20), torch.nan, dtype=dtype)
+        assert dequantize_into(out, packed, absmax, CODEBOOKS["nf4"], 64) is out
+        assert same_bits(out.view(-1), dequantize_blockwise(packed, absmax, CODEBOOKS["nf4"], 64, 200, dtype))
+    with pytest.raises(ValueError, match="contiguous"):
+        dequantize_into(out.T, packed, absmax, CODEBOOKS["nf4"], 64)
+
+
+def test_a_scale_that_is_not_a_number_is_read_back_as_one() -> None:
+    """NaN of every bit pattern, whose rounding to bfloat16 must not carry into the sign."""
+    absmax = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    packed = torch.zeros(96, dtype=torch.uint8)
+    for dtype in FLOATS:
+        back = dequantize_blockwise(packed[:90], absmax, CODEBOOKS["nf4"], 64, 180, dtype)
+        assert back.isnan().all()
 
 
 def test_dequantize_equals_look_up_in_numpy() -> None:
@@ -77,29 +112,22 @@ def test_codes_equal_numpy_oracle() -> None:
 def test_every_size_stays_inside_its_buffers(dtype: torch.dtype) -> None:
     """# T47: numel 1..300 (every residue mod 64): right codes, right last scale, nothing written outside the buffers."""
     codebook = CODEBOOKS["nf4"]
-    small, _, _, pairs = write_cpu._tables(tuple(codebook.tolist()))
+    thresholds, order, numbers = write_cpu._tables(tuple(codebook.tolist()))
     whole = torch.randn(300).to(dtype)
-    as_bits = whole.view(torch.uint16 if dtype == torch.bfloat16 else torch.uint32).numpy()
-    value_of, mask = (write_cpu.widen, np.uint16(0x7FFF)) if dtype == torch.bfloat16 else (write_cpu._float32, np.uint32(0x7FFFFFFF))
     for size in range(1, 301):
-        wide_packed, wide_absmax = np.full(250, 0xA5, np.uint8), np.full(20, np.nan, np.float32)
+        wide_packed, wide_absmax = torch.full((250,), 0xA5, dtype=torch.uint8), torch.full((20,), torch.nan)
         blocks, stored = -(-size // 64), (size + 1) // 2
-        packed = wide_packed[50 : 50 + stored]
-        absmax = wide_absmax[5 : 5 + blocks]
-        write_cpu.pack_range(as_bits[:size], mask, value_of, small, pairs, 64, 0, blocks, packed, absmax)
+        packed, absmax = wide_packed[50 : 50 + stored], wide_absmax[5 : 5 + blocks]
+        write_cpu.pack(blocks, whole[:size], thresholds, order, numbers, 64, size, 0, packed, absmax)
         want, scales = ranks(whole[:size].float().numpy(), codebook.numpy(), 64)
-        assert np.array_equal(_packed_indices(torch.from_numpy(packed.copy()), size), want), size
-        assert np.array_equal(absmax, scales), size
+        assert np.array_equal(_packed_indices(packed, size), want), size
+        assert np.array_equal(absmax.numpy(), scales), size
         assert (wide_packed[:50] == 0xA5).all() and (wide_packed[50 + stored :] == 0xA5).all(), size
-        assert np.isnan(wide_absmax[:5]).all() and np.isnan(wide_absmax[5 + blocks :]).all(), size
-        wide_out = torch.full((400,), torch.nan)
-        wide_out[50 : 50 + size] = dequantize_blockwise(
-            torch.from_numpy(packed.copy()), torch.from_numpy(absmax.copy()), codebook, 64, size, torch.float32
-        )
-        read_cpu.unpack_range(
-            packed, absmax, tuple(codebook.numpy()), read_cpu._as_it_is, 64, 0, blocks, size, wide_out[50 : 50 + size].numpy()
-        )
-        assert same_bits(wide_out[50 : 50 + size], torch.from_numpy(codebook.numpy()[want] * np.repeat(scales, 64)[:size]))
+        assert wide_absmax[:5].isnan().all() and wide_absmax[5 + blocks :].isnan().all(), size
+        wide_out = torch.full((400,), torch.nan, dtype=dtype)
+        out = wide_out[50 : 50 + size]
+        dequantize_into(out, packed.clone(), absmax.clone(), codebook, 64)
+        assert same_bits(out, torch.from_numpy(codebook.numpy()[want] * np.repeat(scales, 64)[:size]).to(dtype))
         assert wide_out[:50].isnan().all() and wide_out[50 + size :].isnan().all(), size
 
 
@@ -125,29 +153,30 @@ def test_zero_and_denormal_blocks() -> None:
 def test_offsets_beyond_two_to_the_31() -> None:
     """# T52: the last blocks of a tensor of more than 2^31 elements, whose pages are never touched elsewhere."""
     codebook, blocks = CODEBOOKS["nf4"], 2**31 // 64 + 3
-    small, _, _, pairs = write_cpu._tables(tuple(codebook.tolist()))
-    x, packed, absmax = np.empty(blocks * 64, np.uint16), np.empty(blocks * 32, np.uint8), np.empty(blocks, np.float32)
-    tail = torch.randn(128).to(torch.bfloat16)
-    x[-128:] = tail.view(torch.uint16).numpy()
-    write_cpu.pack_range(x, np.uint16(0x7FFF), write_cpu.widen, small, pairs, 64, blocks - 2, blocks, packed, absmax)
+    numel = blocks * 64
+    thresholds, order, numbers = write_cpu._tables(tuple(codebook.tolist()))
+    x, packed, absmax = torch.empty(numel, dtype=torch.bfloat16), torch.empty(numel // 2, dtype=torch.uint8), torch.empty(blocks)
+    x[-128:] = tail = torch.randn(128).to(torch.bfloat16)
+    write_cpu.pack(2, x, thresholds, order, numbers, 64, numel, blocks - 2, packed, absmax, work=128)
     want, scales = write_reference.quantize_blockwise(tail, codebook, 64)
-    assert np.array_equal(packed[-64:], want.numpy()) and np.array_equal(absmax[-2:], scales.numpy())
+    assert torch.equal(packed[-64:], want) and torch.equal(absmax[-2:], scales)
     back = read_reference.dequantize_blockwise(want, scales, codebook, 64, 128, torch.float32)
-    out = np.zeros(128, np.float32)
-    read_cpu.unpack_range(packed, absmax, tuple(codebook.numpy()), read_cpu._as_it_is, 64, blocks - 2, blocks, blocks * 64, out)
-    assert np.array_equal(out, back.numpy())
-    if not avx512.missing():
-        out[:] = 0
-        read_cpu._unpack_range_avx512(packed, absmax, codebook.numpy(), 64, blocks - 2, blocks, out)
-        assert np.array_equal(out, back.numpy())
+    out = torch.zeros(128)
+    for blocksize in (64, 32):  # a path of its own, and the one for all others
+        scales = read_cpu.scale_arguments(absmax.repeat_interleave(64 // blocksize) if blocksize == 32 else absmax, None)
+        first = (blocks - 2) * 64 // blocksize
+        read_cpu.unpack(128 // blocksize, packed, *scales, codebook, blocksize, numel, first, out.zero_(), work=128)
+        assert torch.equal(out, back)
 
 
 def test_bfloat16_rounds_to_nearest_even() -> None:
+    """In vectors (blocks of 32) and one by one (blocks of 2)."""
     exact = torch.arange(0x3F80_0000, 0x3F80_0000 + 0x4_0000, 0x1000, dtype=torch.int32)
     values = torch.cat([exact.view(torch.float32), torch.tensor([0.0, -0.0, 1e-40, 3.3e38, float("inf")])])
-    for value in values.tolist():
-        got = torch.tensor(int(read_cpu.narrow(np.float32(value))), dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
-        assert same_bits(got, torch.tensor(value).to(torch.bfloat16)), value
+    for blocksize in (2, 32):
+        packed = torch.zeros(len(values) * blocksize // 2, dtype=torch.uint8)
+        got = dequantize_blockwise(packed, values, torch.ones(16), blocksize, len(values) * blocksize, torch.bfloat16)
+        assert same_bits(got[::blocksize], values.to(torch.bfloat16))
 
 
 def test_halves_round_to_even_on_every_path() -> None:
@@ -158,7 +187,8 @@ def test_halves_round_to_even_on_every_path() -> None:
     arguments = (packed, absmax, codebook, 64, 1024, torch.bfloat16)
     want = read_reference.dequantize_blockwise(*arguments)
     assert same_bits(read_cpu.dequantize_blockwise(*arguments), want)
-    assert same_bits(read_cpu.dequantize_blockwise(*arguments, portable=True), want)
+    pairs = (packed, absmax.repeat_interleave(32), codebook, 2, 1024, torch.bfloat16)
+    assert same_bits(read_cpu.dequantize_blockwise(*pairs), want)
 
 
 def test_threads_and_fork_give_the_same_bits() -> None:
@@ -187,6 +217,8 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.halfbyte.quantize_blockwise, (x, codebook, 64))
     torch.library.opcheck(torch.ops.halfbyte.quantize_blockwise, (x, CODEBOOKS["dynamic-signed"], 256))
     torch.library.opcheck(torch.ops.halfbyte.dequantize_blockwise, (packed, absmax, codebook, 64, 100, torch.bfloat16))
+    codes, nested = nested_scales(2)
+    torch.library.opcheck(torch.ops.halfbyte.dequantize_blockwise, (packed, codes, codebook, 64, 100, torch.bfloat16, *nested))
 
 
 def test_wrong_arguments_are_refused() -> None:
@@ -199,6 +231,10 @@ def test_wrong_arguments_are_refused() -> None:
         lambda: dequantize_blockwise(packed.float(), absmax, codebook, 64, 64, torch.float32),
         lambda: dequantize_blockwise(packed, absmax.half(), codebook, 64, 64, torch.float32),
         lambda: dequantize_blockwise(packed, torch.zeros(2), codebook, 64, 64, torch.float32),
+        lambda: dequantize_blockwise(packed, absmax, codebook, 64, 64, torch.float32, nested_scales(1)[1]),
+        lambda: dequantize_blockwise(packed, absmax.byte(), codebook, 64, 64, torch.float32, nested_scales(300)[1]),
+        lambda: dequantize_blockwise(packed, absmax.byte(), codebook, 64, 64, torch.float32, (absmax, absmax, absmax)),
+        lambda: torch.ops.halfbyte.dequantize_blockwise(packed, absmax.byte(), codebook, 64, 64, torch.float32, absmax),
     ):
         with pytest.raises(ValueError):
             call()

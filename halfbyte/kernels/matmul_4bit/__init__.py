@@ -4,66 +4,115 @@
     y_BO   = x_BI @ W_OI.T
     dx_BI  = dy_BO @ W_OI                          W is dequantized again; there is no gradient for anything else
 
-Between forward and backward only the packed bytes, the scales and the codebook are alive: that is QLoRA's memory.
+Between forward and backward only the packed bytes, the scales and the codebook are alive: that is QLoRA's memory.  With up to four rows
+of x (decoding) the CPU multiplies the bytes as it reads them and makes nothing dense.
 
 Source: https://arxiv.org/abs/2305.14314 (QLoRA, equation 5)
-Shapes: x (..., I); packed, absmax, codebook as in dequantize_blockwise for the n = O * I elements of `shape` = (O, I) -> (..., O)
+Shapes: x (..., I); packed, absmax, codebook, nested as in dequantize_blockwise for the n = O * I elements of `shape` = (O, I) -> (..., O)
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfbyte.kernels import listing
-from halfbyte.kernels.dequantize_blockwise import dequantize_blockwise
+from halfbyte.kernels.dequantize_blockwise import Nested, nested_of
+from halfbyte.kernels.dequantize_blockwise import check as check_stored
 from halfbyte.kernels.library import LIBRARY
 from halfbyte.kernels.matmul_4bit import reference
 
-LIBRARY.define(
-    "matmul_4bit(Tensor x, Tensor packed, Tensor absmax, Tensor codebook, int blocksize, int[] shape, ScalarType dtype) -> Tensor"
+_WEIGHT = (
+    "Tensor packed, Tensor absmax, Tensor codebook, int blocksize, int[] shape, ScalarType dtype,"
+    " Tensor? absmax2=None, Tensor? nested_codebook=None, Tensor? offset=None"
 )
+LIBRARY.define(f"matmul_4bit(Tensor x, {_WEIGHT}) -> Tensor")
+LIBRARY.define(f"matmul_4bit_input_gradient(Tensor dy, {_WEIGHT}) -> Tensor")
 
 
-def check(x: Tensor, shape: list[int] | tuple[int, ...]) -> None:
+def check(x: Tensor, shape: list[int] | tuple[int, ...], axis: int = 1) -> None:
     """Raise ValueError where the activation cannot meet the weight."""
     if not x.is_floating_point():
         raise ValueError(f"activations must be floating point, found {x.dtype}: the dtype of packed bytes is not a compute dtype")
-    if len(shape) != 2 or x.shape[-1] != shape[1]:
+    if len(shape) != 2 or x.shape[-1] != shape[axis]:
         raise ValueError(f"activations of shape {tuple(x.shape)} do not fit a weight of shape {tuple(shape)}")
 
 
-def _serve(x: Tensor, packed: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, shape: list[int], dtype: torch.dtype) -> Tensor:
+def _implementation(device: str) -> ModuleType:
+    chosen = listing.chosen("matmul_4bit", device)
+    if chosen == "cpu":
+        from halfbyte.kernels.matmul_4bit import cpu
+
+        return cpu
+    if chosen == "triton":
+        from halfbyte.kernels.matmul_4bit import triton_gpu
+
+        return triton_gpu
+    return reference
+
+
+def _serve(
+    x: Tensor, packed: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, shape: list[int], dtype: torch.dtype,
+    absmax2: Tensor | None = None, nested_codebook: Tensor | None = None, offset: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     check(x, shape)
-    listing.chosen("matmul_4bit", x.device.type)
-    return reference.matmul_4bit(x, packed, absmax, codebook, blocksize, shape, dtype)
+    nested = nested_of(absmax2, nested_codebook, offset)
+    check_stored(packed, absmax, codebook, blocksize, shape[0] * shape[1], nested)
+    return _implementation(x.device.type).matmul_4bit(x, packed, absmax, codebook, blocksize, shape, dtype, nested)
 
 
-def _fake(x: Tensor, packed: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, shape: list[int], dtype: torch.dtype) -> Tensor:
+def _serve_gradient(
+    dy: Tensor, packed: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, shape: list[int], dtype: torch.dtype,
+    absmax2: Tensor | None = None, nested_codebook: Tensor | None = None, offset: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    check(dy, shape, axis=0)
+    nested = nested_of(absmax2, nested_codebook, offset)
+    serving = _implementation(dy.device.type)
+    # a GPU's allocator keeps its memory, so the plain form serves there as well
+    serving = serving if hasattr(serving, "input_gradient") else reference
+    return serving.input_gradient(dy, packed, absmax, codebook, blocksize, shape, dtype, nested)
+
+
+def _fake(x: Tensor, packed: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, shape: list[int], *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
+def _fake_gradient(dy: Tensor, packed: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, shape: list[int], *rest: Any) -> Tensor:
+    return dy.new_empty((*dy.shape[:-1], shape[1]))
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, packed, absmax, codebook, ctx.blocksize, ctx.shape, ctx.dtype = inputs
-    ctx.save_for_backward(packed, absmax, codebook)
+    _, packed, absmax, codebook, ctx.blocksize, ctx.shape, ctx.dtype, *nested = inputs
+    ctx.save_for_backward(packed, absmax, codebook, *nested)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    if not ctx.needs_input_grad[0]:
-        return (None,) * 7
-    packed, absmax, codebook = ctx.saved_tensors
-    rows, columns = ctx.shape
-    weight = dequantize_blockwise(packed, absmax, codebook, ctx.blocksize, rows * columns, ctx.dtype).view(rows, columns)
-    return dy @ weight.to(dy.dtype), None, None, None, None, None, None
+def _backward_through(name: str) -> Any:
+    """The backward of each of the two products is the other one, so gradients of gradients are right as well."""
+
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx = None
+        if ctx.needs_input_grad[0]:
+            packed, absmax, codebook, *nested = ctx.saved_tensors
+            op = getattr(torch.ops.halfbyte, name)
+            dx = op(dy, packed, absmax, codebook, ctx.blocksize, ctx.shape, ctx.dtype, *nested)
+        return (dx, *(None,) * 9)
+
+    return backward
 
 
-LIBRARY.impl("matmul_4bit", _serve, "CompositeExplicitAutograd")
-torch.library.register_fake("halfbyte::matmul_4bit", _fake, lib=LIBRARY)
-torch.library.register_autograd("halfbyte::matmul_4bit", _backward, setup_context=_keep, lib=LIBRARY)
+for _name, _function, _shape, _other in (
+    ("matmul_4bit", _serve, _fake, "matmul_4bit_input_gradient"),
+    ("matmul_4bit_input_gradient", _serve_gradient, _fake_gradient, "matmul_4bit"),
+):
+    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"halfbyte::{_name}", _shape, lib=LIBRARY)
+    torch.library.register_autograd(f"halfbyte::{_name}", _backward_through(_other), setup_context=_keep, lib=LIBRARY)
 
 
 def matmul_4bit(
-    x: Tensor, packed: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, shape: tuple[int, int], dtype: torch.dtype
-) -> Tensor:
+    x: Tensor, packed: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, shape: tuple[int, int], dtype: torch.dtype,
+    nested: Nested | None = None,
+) -> Tensor:  # fmt: skip
     """(..., O) of x's dtype; differentiable in x only.  Raises ValueError where x does not fit or is not floating point."""
-    return torch.ops.halfbyte.matmul_4bit(x, packed, absmax, codebook, blocksize, shape, dtype)
+    return torch.ops.halfbyte.matmul_4bit(x, packed, absmax, codebook, blocksize, shape, dtype, *(nested or ()))

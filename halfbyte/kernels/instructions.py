@@ -1,0 +1,20 @@
+"""Which vector instructions kernels are made for: avx512 (with its 16-bit part), avx2 (with fused multiply-add), or plain."""
+
+from functools import cache
+
+from halfbyte.kernels import native
+
+_NAMED = {"haswell": "avx2", "x86-64-v3": "avx2", "znver3": "avx2", "skylake-avx512": "avx512", "x86-64-v4": "avx512", "znver4": "avx512"}
+LEVELS = ("avx512", "avx2", "plain")
+
+
+@cache
+def level() -> str:
+    """One of LEVELS, for this machine or for the processor that NUMBA_CPU_NAME and NUMBA_CPU_FEATURES ask for."""
+    name, features = native.processor()
+    held = set(features.split(","))
+    if {"+avx512f", "+avx512bw", "+avx512vl"} <= held:
+        return "avx512"
+    if {"+avx2", "+fma"} <= held:
+        return "avx2"
+    return "plain" if features else _NAMED.get(name, "plain")
