@@ -179,7 +179,7 @@ _USED_UNSAID = {"mixtral": 2, "olmoe": 8, "qwen3_moe": 8}
 _UNEVEN = ("mlp_only_layers", "decoder_sparse_step")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelShape:
     """A model's sizes and all its weights; `sizes` holds every number by its word (queries, keys, inner, experts ...)."""
 
@@ -193,8 +193,8 @@ class ModelShape:
 
     @classmethod
     def read(cls, folder: Path) -> "ModelShape":
-        """The shape of a model folder; raises ModelError for a missing or unreadable config.json."""
-        path = Path(folder) / "config.json"
+        """The shape of a model folder, or of a config file by itself; raises ModelError for a missing or unreadable one."""
+        path = Path(folder) if Path(folder).suffix == ".json" else Path(folder) / "config.json"
         if not path.is_file():
             raise ModelError("a model folder has a config.json", code="E-MODEL-901", place=str(path), remedy="name another folder")
         if path.stat().st_size > MAX_CONFIG_BYTES:
@@ -281,6 +281,8 @@ def _sizes(values: Mapping[str, Any], family: Family, place: str) -> dict[str, i
     sizes["queries_keys_values"] = sizes["queries"] + 2 * sizes["keys"]
     sizes["thrice_hidden"], sizes["twice_inner"] = 3 * sizes["hidden"], 2 * sizes["inner"]
     sizes["twice_expert"] = 2 * sizes.get("expert", 0)
+    dropped = values.get("attn_pdrop", 0.1 if kind == "gpt2" else values.get("attention_dropout", 0.0))
+    sizes["attention_dropout"] = int(bool(dropped))
     if "experts" in sizes:
         used = values.get("num_experts_per_tok") or _USED_UNSAID.get(kind, 2)
         sizes["experts_per_token"] = min(_whole({"num_experts_per_tok": used}, "num_experts_per_tok", place), sizes["experts"])

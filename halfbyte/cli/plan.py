@@ -1,0 +1,51 @@
+"""`halfbyte plan`: will it fit, with which method and settings, before anything is loaded."""
+
+from typing import Annotated
+
+import typer
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_CONFIG_JSON", help="A config.json, a model folder, starter or a GGUF file; reads no weights.")
+    ],
+    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Rows to train on, for their lengths and number.")] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="A card by name, e.g. 'RTX 4090' or H100.")] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option("--gpu-memory", metavar="SIZE", help="A card by its memory: 24 as sold, or 22.5GiB as it stands.")
+    ] = None,
+    method: Annotated[str | None, typer.Option("--method", metavar="qlora|lora|full", help="Plan this method only; else all.")] = None,
+    rank: Annotated[int, typer.Option("--rank", help="Rank of the adapters.")] = 16,
+    targets: Annotated[str, typer.Option("--targets", help="all-linear, or module names with commas between.")] = "all-linear",
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", metavar="N", help="Longest row; else the model's limit, at most 1024.")
+    ] = None,
+    micro_batch_size: Annotated[int | None, typer.Option("--micro-batch-size", metavar="N", help="Rows at once; else what fits.")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option("--policy", metavar="keep|recompute_mlp|recompute|offload", help="What the backward pass finds kept; else what fits."),
+    ] = None,
+    state: Annotated[str | None, typer.Option("--state", metavar="float32|int8", help="Optimizer state; else what fits.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")] = False,
+) -> None:
+    """Say whether training fits, with all methods side by side: memory term by term, the settings that fit, what to change.
+
+    Looks at the model's config.json alone and answers in a second; for this machine, or for a card that need not be here.
+    """
+    from halfbyte.cli.terminal import say
+    from halfbyte.plan.answer import answer, as_dict
+    from halfbyte.plan.question import ask
+    from halfbyte.plan.text import plan_text
+
+    given = answer(
+        ask(
+            model, data=data, gpu=gpu, gpu_memory=gpu_memory, method=method, rank=rank, targets=targets, max_tokens=max_tokens,
+            micro_batch_size=micro_batch_size, policy=policy, state=state,
+        )
+    )  # fmt: skip
+    if json:
+        from json import dumps
+
+        say(dumps(as_dict(given), indent=1))
+    else:
+        say(plan_text(given))

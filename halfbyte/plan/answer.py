@@ -1,0 +1,157 @@
+"""A question about a model, and the whole answer: what `halfbyte plan` prints and what --json gives.
+
+Everything that is an estimate says so; memory is a prediction from shapes (memory.py), rows are counted by data/lengths.py, time comes
+from a calibration or is not given.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from halfbyte import devices
+from halfbyte.data.lengths import Lengths, lengths
+from halfbyte.errors import ConfigError
+from halfbyte.plan.activations import own_layers
+from halfbyte.plan.hardware import Hardware
+from halfbyte.plan.search import FITS, NOT, TIGHT, Change, Option, best, first_change, options, order
+from halfbyte.plan.setting import METHODS, Setting, trained_params
+from halfbyte.plan.speed import Calibration, read_calibration, step_seconds, work_of
+from halfbyte.shape import ModelShape
+
+AUTO_TOKENS = 1024  # data.max_tokens auto: the model's limit, at most this
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is known: the model's shape, where to train, the settings that were given (`fixed` names those the search leaves alone)."""
+
+    name: str
+    shape: ModelShape
+    hardware: Hardware
+    base: Setting
+    fixed: frozenset[str] = frozenset()
+    methods: tuple[str, ...] = METHODS
+    rows: Lengths | None = None
+    global_batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Answer:
+    """found: method -> best setting; ranking: (method, why) best first; changes: for methods that do not fit; listed: all that fit."""
+
+    question: Question
+    found: dict[str, Option]
+    ranking: tuple[tuple[str, str], ...]
+    changes: dict[str, Change | None]
+    listed: tuple[Option, ...]
+    rates: Calibration | None
+
+
+def shape_of(name: str) -> tuple[ModelShape, Path | None]:
+    """(shape, the model's tokenizer.json where there is one) of a config.json, a folder, or whatever else names a model."""
+    path = Path(name).expanduser()
+    if path.suffix == ".json" or path.is_dir():
+        folder = path.parent if path.suffix == ".json" else path
+        shape = ModelShape.read(path)
+    else:
+        from halfbyte.models.source import resolve
+
+        folder = resolve(name).folder
+        shape = ModelShape.read(folder)
+    tokenizer = folder / "tokenizer.json"
+    return shape, tokenizer if tokenizer.is_file() else None
+
+
+def compute_dtype(hardware: Hardware) -> str:
+    """bfloat16 where it is multiplied natively; on a processor without, float32."""
+    return "bfloat16" if hardware.kind == "gpu" or devices.native_bf16() else "float32"
+
+
+def row_tokens(shape: ModelShape, asked: int | None, rows: Lengths | None) -> int:
+    """Tokens of the longest row that training would see; raises ConfigError for more than the model was made for."""
+    if asked is not None and asked > shape.max_positions:
+        raise ConfigError(
+            "a row is at most as long as the model was made for", code="E-CONF-403", place="--max-tokens", found=f"{asked:,} tokens",
+            expected=f"2 to {shape.max_positions:,} tokens", nothing_done="Nothing was planned.",
+        )  # fmt: skip
+    most = asked or min(shape.max_positions, AUTO_TOKENS)
+    return most if rows is None else max(2, min(most, rows.longest))
+
+
+def count_rows(path: str | None, tokenizer: Path | None) -> Lengths | None:
+    """Estimated lengths of the rows of a data file; None without one."""
+    return None if path is None else lengths(path, tokenizer)
+
+
+def answer(question: Question) -> Answer:
+    """Plan all methods that were asked for."""
+    shape, hardware = question.shape, question.hardware
+    tried = {name: options(shape, question.base.with_method(name), hardware, question.fixed) for name in question.methods}
+    found = {name: best(every) for name, every in tried.items()}
+    ranking = order(found, hardware)
+    changes = {method: first_change(shape, one, hardware) for method, one in found.items() if one.verdict == NOT}
+    places = {method: place for place, (method, _) in enumerate(ranking)}
+    listed = [one for every in tried.values() for one in every if one.verdict != NOT]
+    listed.sort(key=lambda one: (one.verdict == TIGHT, places[one.setting.method]))
+    return Answer(question, found, tuple(ranking), changes, tuple(listed), read_calibration())
+
+
+def seconds_per_step(given: Answer, one: Option) -> float | None:
+    """Estimated seconds of an optimizer step; None where nothing was calibrated for this place."""
+    rates, hardware = given.rates, given.question.hardware
+    if rates is None or rates.device != hardware.name or rates.dtype != one.setting.dtype:
+        return None
+    batches = -(-given.question.global_batch_size // one.setting.micro_batch_size)
+    return step_seconds(work_of(given.question.shape, one.setting), batches, rates)
+
+
+def steps_per_epoch(given: Answer) -> int | None:
+    """Optimizer steps of one pass over the rows; None without data."""
+    rows = given.question.rows
+    kept = sum(count <= given.question.base.tokens for count in rows.tokens) if rows else 0
+    return -(-kept // given.question.global_batch_size) if kept else None
+
+
+def as_dict(given: Answer) -> dict[str, Any]:
+    """The answer as plain values, bytes as whole numbers."""
+    question = given.question
+    return {
+        "model": {"name": question.name, "family": question.shape.model_type, "parameters": question.shape.total_params,
+                  "layers": question.shape.layers, "own_layers": own_layers(question.shape)},
+        "hardware": {**asdict(question.hardware), "program_bytes": question.hardware.program_bytes, "margin": question.hardware.margin},
+        "tokens": question.base.tokens,
+        "rows": None if question.rows is None else {
+            "count": len(question.rows.tokens), "longest_tokens_estimate": question.rows.longest,
+            "tokens_estimate": sum(question.rows.tokens), "counted_by": question.rows.how, "steps_per_epoch": steps_per_epoch(given)},
+        "methods": {method: _option(given, one) for method, one in found_with_change(given)},
+        "best_first": [{"method": method, "why": why} for method, why in given.ranking],
+        "settings_that_fit": [_settings(one) for one in given.listed],
+        "time": "not calibrated" if given.rates is None else "estimate from the calibration of " + given.rates.date,
+    }  # fmt: skip
+
+
+def found_with_change(given: Answer) -> list[tuple[str, Option]]:
+    """(method, option) in the order asked."""
+    return [(method, given.found[method]) for method in given.question.methods]
+
+
+def _settings(one: Option) -> dict[str, Any]:
+    now = one.setting
+    return {
+        "method": now.method, "policy": now.policy, "state": now.state, "paged": now.paged, "micro_batch_size": now.micro_batch_size,
+        "predicted_bytes": one.memory.total, "verdict": one.verdict,
+    }  # fmt: skip
+
+
+def _option(given: Answer, one: Option) -> dict[str, Any]:
+    shape, method = given.question.shape, one.setting.method
+    change = given.changes.get(method)
+    return {
+        **_settings(one), "host_bytes": one.memory.host, "peak": one.memory.peak, "trained_params": trained_params(shape, one.setting),
+        "terms": [asdict(term) | {"at_peak": term in one.memory.at(one.memory.peak)} for term in one.memory.terms],
+        "largest_term": one.memory.largest.name, "operations_per_micro_batch": work_of(shape, one.setting).total,
+        "seconds_per_step_estimate": seconds_per_step(given, one),
+        "first_change": None if change is None else {
+            "change": change.text, "saves_bytes": change.saved, "then": change.option.verdict, "then_bytes": change.option.memory.total},
+        "fits": one.verdict == FITS,
+    }  # fmt: skip

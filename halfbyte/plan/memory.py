@@ -1,0 +1,198 @@
+"""Memory of a training step, term by term, from shapes and types alone; nothing here was fitted to a measurement.
+
+    peak = what always lies there + the largest of three moments
+
+    always    weights, adapters, gradients, optimizer state, the program itself
+    head      activations of all layers + what the output layer and the loss need        (end of the forward pass)
+    layer     activations of all layers + the backward pass of one layer                  (its first layer)
+    update    what the optimizer's update needs; the activations are gone
+
+Terms carry their formula.  Bytes of packed weights are exact (quant/storage_cost.py), as are those of adapters, gradients and
+optimizer state; activations are what the ops save (activations.py).  The program's own memory is the one measured number: see hardware.py.
+
+Does not count: pages of mapped model files, which the system drops when memory is short; fragmentation of a device allocator; batches of
+token ids; evaluation, which keeps no activations.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+from halfbyte.plan.activations import host_bytes, kept_bytes, words, working_bytes
+from halfbyte.plan.setting import Setting, adapted, trained_params, trained_tensors, whole
+from halfbyte.quant.storage_cost import WIDTHS, bytes_of, bytes_of_experts
+from halfbyte.shape import ModelShape, Weight
+
+CHUNK_BYTES = 64 << 20  # fp32 logits of one chunk (kernels/linear_cross_entropy)
+UPDATE_CHUNK = 4 << 20  # elements updated at once with 8-bit state (optim/adamw)
+INT8_BLOCKSIZE, SMALLEST_INT8 = 256, 4096  # optim/state_storage
+MOMENTS = ("head", "layer", "update")
+
+
+@dataclass(frozen=True)
+class Term:
+    """Bytes under a name; `when` is always, head, layer, update, activations (head and layer) or host."""
+
+    name: str
+    bytes: int
+    when: str
+    formula: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """All terms of one setting; bytes are of the device that trains, apart from those of host terms."""
+
+    terms: tuple[Term, ...]
+
+    def at(self, moment: str) -> tuple[Term, ...]:
+        """The terms that lie in memory at a moment."""
+        both = ("always", moment, "activations") if moment in ("head", "layer") else ("always", moment)
+        return tuple(term for term in self.terms if term.when in both and term.bytes)
+
+    @property
+    def peak(self) -> str:
+        """The moment with the most memory."""
+        return max(MOMENTS, key=lambda moment: sum(term.bytes for term in self.at(moment)))
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return sum(term.bytes for term in self.at(self.peak))
+
+    @property
+    def host(self) -> int:
+        """Bytes of host memory beside the device's."""
+        return sum(term.bytes for term in self.terms if term.when == "host")
+
+    @property
+    def largest(self) -> Term:
+        """The largest term at the peak."""
+        return max(self.at(self.peak), key=lambda term: term.bytes)
+
+    def named(self, name: str) -> int:
+        """Bytes of a term; 0 where there is none."""
+        return sum(term.bytes for term in self.terms if term.name == name)
+
+
+def packed(shape: ModelShape, setting: Setting) -> list[Weight]:
+    """The weights that are stored in few bits: linear layers and experts, and the head where that is asked for."""
+    if setting.method == "full" or setting.format == "none":
+        return []
+    kinds = ("linear", "experts", "head") if setting.quantize_head else ("linear", "experts")
+    return [weight for weight in shape.weights if weight.kind in kinds and not weight.tied]
+
+
+def packed_bytes(shape: ModelShape, setting: Setting) -> int:
+    """Exact bytes of the packed matrices: for nf4 with double quantization n/2 + n/64 + n/4096 and a few per matrix."""
+    return _packed_bytes(shape, setting.of_weights)
+
+
+@lru_cache(maxsize=64)
+def _packed_bytes(shape: ModelShape, setting: Setting) -> int:
+    how = (setting.format, setting.blocksize, setting.double_quant, setting.dtype)
+    return sum(bytes_of_experts(w.size, *how) if len(w.size) == 3 else bytes_of(w.size, *how) for w in packed(shape, setting))
+
+
+def dense_bytes(shape: ModelShape, setting: Setting) -> int:
+    """width * parameters of all that is not packed: embeddings, head, norms, routers, biases."""
+    inside = sum(prod(weight.size) for weight in packed(shape, setting))
+    return WIDTHS[setting.dtype] * (shape.total_params - inside)
+
+
+def trained_dtype(setting: Setting) -> str:
+    """The type that trained parameters are kept in."""
+    return setting.dtype if setting.method == "full" else setting.lora_dtype
+
+
+def state_bytes(shape: ModelShape, setting: Setting) -> int:
+    """fp32: 8 n; int8: 2 n + 8 ceil(n / 256) for tensors of 4096 elements or more; + 4 n of fp32 masters where the parameters are bf16."""
+    master = 0 if trained_dtype(setting) == "float32" else 4
+    total = 0
+    for count in trained_tensors(shape, setting):
+        small = setting.state == "float32" or count < SMALLEST_INT8
+        total += count * master + (8 * count if small else 2 * count + 8 * -(-count // INT8_BLOCKSIZE))
+    return total
+
+
+def update_bytes(shape: ModelShape, setting: Setting) -> int:
+    """Largest tensor n: 8-bit state 16 min(n, 4 Mi) for the moments in fp32; a bf16 parameter's gradient in fp32, 4 n; paged state 8 n."""
+    largest = max(trained_tensors(shape, setting), default=0)
+    needed = 16 * min(largest, UPDATE_CHUNK) if setting.state == "int8" else 0
+    needed += 0 if trained_dtype(setting) == "float32" else 4 * largest
+    if setting.paged and setting.device == "gpu":
+        needed += 8 * largest if setting.state == "float32" else 2 * largest + 8 * -(-largest // INT8_BLOCKSIZE)
+    return needed
+
+
+def head_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What stands between the last layer and the loss, for N tokens of which M carry a label, width w.
+
+    states   w H (3 N + 2 M): input and output of the last norm, labelled rows, and the gradients of both
+    loss     chunks of c rows, 4 c V <= 64 MiB: logits and one temporary in fp32, 8 c V
+             a head that is adapted or packed gives all logits: M V (2 w + 12)
+    trained  a head that is trained: its gradient in fp32 and once more scaled, 8 V H
+    """
+    n, width = setting.batch_tokens, WIDTHS[setting.dtype]
+    labelled = max(1, round(n * setting.trained_share))
+    states = width * shape.hidden * (3 * n + 2 * labelled)
+    if not setting.head_dense:
+        return states + labelled * shape.vocab * (2 * width + 12)
+    rows = min(labelled, max(1, CHUNK_BYTES // (4 * shape.vocab)))
+    trained = 8 * shape.vocab * shape.hidden if _head_trains(shape, setting) else 0
+    return states + 8 * rows * shape.vocab + trained
+
+
+def _head_trains(shape: ModelShape, setting: Setting) -> bool:
+    heads = {weight.name for weight in shape.weights if weight.kind in ("head", "embedding")}
+    return setting.method == "full" or any(weight.name in heads for weight in whole(shape, setting))
+
+
+def workspace_bytes(shape: ModelShape, setting: Setting) -> int:
+    """Backward of one layer (activations.working_bytes), its largest matrix read back to w bytes an element, its adapters in that type."""
+    width = WIDTHS[setting.dtype]
+    matrices = [prod(weight.size[-2:]) for weight in packed(shape, setting) if weight.kind != "head"]
+    dense = width * max(matrices, default=0)
+    casts = 0
+    if setting.method != "full" and setting.lora_dtype != setting.dtype:
+        inside = [rank * sum(weight.size[-2:]) for weight, rank in adapted(shape, setting) if weight.kind == "linear"]
+        casts = width * sum(inside) // shape.layers
+    return working_bytes(shape, setting) + dense + casts
+
+
+def plan_memory(shape: ModelShape, setting: Setting, program_bytes: int = 0) -> Memory:
+    """All terms of a training step with this setting; `program_bytes` is what the program takes before a model is loaded."""
+    count, trained = trained_params(shape, setting), trained_dtype(setting)
+    state = state_bytes(shape, setting)
+    away = setting.paged and setting.device == "gpu"
+    scales = f"{'with' if setting.double_quant else 'without'} double quantization, blocks of {setting.blocksize}"
+    few = "int8 and a scale for each row" if setting.format == "int8" else f"{setting.format} {scales}"
+    adapters = 0 if setting.method == "full" else count * WIDTHS[trained]
+    terms = [
+        Term("weights, packed", packed_bytes(shape, setting), "always", few),
+        Term("weights, dense", dense_bytes(shape, setting), "always", f"{WIDTHS[setting.dtype]} bytes a parameter"),
+        Term("adapters", adapters, "always", f"{WIDTHS[trained]} bytes a trained parameter"),
+        Term("gradients", count * WIDTHS[trained], "always", f"{WIDTHS[trained]} bytes a trained parameter"),
+        Term("optimizer", 0 if away else state, "always", _state_text(setting)),
+        Term("activations", kept_bytes(shape, setting), "activations", _kept_text(shape, setting)),
+        Term("logits", head_bytes(shape, setting), "head", "last states, and one chunk of logits"),
+        Term("workspace", workspace_bytes(shape, setting), "layer", "backward of one layer, and its largest matrix in full"),
+        Term("update", update_bytes(shape, setting), "update", "temporaries of the optimizer's update"),
+        Term("program", program_bytes, "always", "measured: interpreter and libraries before a model is loaded"),
+        Term("layer inputs on the host", host_bytes(shape, setting) if setting.device == "gpu" else 0, "host", "offloaded"),
+        Term("optimizer on the host", state if away else 0, "host", _state_text(setting)),
+    ]
+    if setting.device == "cpu" and setting.policy == "offload":  # host and device are one memory
+        terms.append(Term("layer inputs", host_bytes(shape, setting), "activations", "offloaded to the memory they came from"))
+    return Memory(tuple(term for term in terms if term.bytes))
+
+
+def _state_text(setting: Setting) -> str:
+    each = "8 bytes" if setting.state == "float32" else "2 bytes and a scale for 256"
+    master = "" if trained_dtype(setting) == "float32" else ", 4 more for the fp32 master"
+    return f"{each} a trained parameter{master}"
+
+
+def _kept_text(shape: ModelShape, setting: Setting) -> str:
+    sizes = words(shape, setting)
+    return f"policy {setting.policy}, {setting.batch_tokens:,} tokens, {shape.layers} layers of width {sizes['hidden']:.0f}"

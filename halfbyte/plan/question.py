@@ -1,0 +1,62 @@
+"""From what a user typed to a Question: every value checked, each mistake told in one block."""
+
+from halfbyte.errors import ConfigError, nearest
+from halfbyte.plan.activations import POLICIES
+from halfbyte.plan.answer import Question, compute_dtype, count_rows, row_tokens, shape_of
+from halfbyte.plan.hardware import Hardware, card, sized, this_machine
+from halfbyte.plan.setting import METHODS, Setting
+
+STATES = ("float32", "int8")
+
+
+def ask(
+    model: str, *, data: str | None = None, gpu: str | None = None, gpu_memory: str | None = None, method: str | None = None,
+    rank: int = 16, targets: str = "all-linear", max_tokens: int | None = None, micro_batch_size: int | None = None,
+    policy: str | None = None, state: str | None = None,
+) -> Question:  # fmt: skip
+    """The question behind a command line.  Raises ConfigError, ModelError, TargetError or DataError."""
+    _one_of("--method", method, METHODS)
+    _one_of("--policy", policy, tuple(POLICIES))
+    _one_of("--state", state, STATES)
+    _within("--rank", rank, 1, 65536)
+    _within("--max-tokens", max_tokens, 2, 2**24)
+    _within("--micro-batch-size", micro_batch_size, 1, 65536)
+    place = _place(gpu, gpu_memory)
+    shape, tokenizer = shape_of(model)
+    rows = count_rows(data, tokenizer)
+    names = tuple(name.strip() for name in targets.split(",") if name.strip())
+    base = Setting(
+        method=method or "qlora", dtype=compute_dtype(place), rank=rank, targets=names[0] if len(names) == 1 else names,
+        state=state or "float32", policy=policy or "keep", tokens=row_tokens(shape, max_tokens, rows),
+        micro_batch_size=micro_batch_size or 1, device=place.kind,
+    )  # fmt: skip
+    given = {"policy": policy, "state": state, "micro_batch_size": micro_batch_size}
+    fixed = frozenset(name for name, value in given.items() if value is not None)
+    return Question(model, shape, place, base, fixed, METHODS if method is None else (method,), rows)
+
+
+def _place(gpu: str | None, gpu_memory: str | None) -> Hardware:
+    if gpu is not None and gpu_memory is not None:
+        raise ConfigError(
+            "a card is given by its name or by its memory", code="E-CONF-404", place="--gpu and --gpu-memory",
+            found=f"{gpu[:40]} and {gpu_memory[:40]}", remedy="give one of them", nothing_done="Nothing was planned.",
+        )  # fmt: skip
+    if gpu is not None:
+        return card(gpu)
+    return this_machine() if gpu_memory is None else sized(gpu_memory)
+
+
+def _one_of(option: str, value: str | None, legal: tuple[str, ...]) -> None:
+    if value is not None and value not in legal:
+        raise ConfigError(
+            "an option takes one of its words", code="E-CONF-405", place=option, found=value[:40], expected=", ".join(legal),
+            remedy=nearest(value, legal), nothing_done="Nothing was planned.",
+        )  # fmt: skip
+
+
+def _within(option: str, value: int | None, least: int, most: int) -> None:
+    if value is not None and not least <= value <= most:
+        raise ConfigError(
+            "an option takes a number in its range", code="E-CONF-406", place=option, found=str(value)[:40],
+            expected=f"{least:,} to {most:,}", nothing_done="Nothing was planned.",
+        )  # fmt: skip

@@ -1,0 +1,113 @@
+"""The answer of a plan in plain words: one table of all methods, then what fits, best first, and what to change where nothing does."""
+
+from halfbyte.plan.activations import POLICIES, own_layers
+from halfbyte.plan.answer import Answer, found_with_change, seconds_per_step, steps_per_epoch
+from halfbyte.plan.hardware import CARDS_GB
+from halfbyte.plan.search import FITS, NOT, Option
+from halfbyte.plan.setting import trained_params
+from halfbyte.units import bytes_text, count_text, gib, percent_text, seconds_text
+
+ROWS = (
+    "weights, packed", "weights, dense", "adapters", "gradients", "optimizer", "layer inputs", "activations", "logits", "workspace",
+    "update", "program",
+)  # fmt: skip
+
+
+def plan_text(given: Answer) -> str:
+    """All of it."""
+    parts = [_head(given), _table(given), _fitting(given), _failing(given), _time(given)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _head(given: Answer) -> str:
+    question = given.question
+    shape, hardware = question.shape, question.hardware
+    lines = [
+        f"{question.name}: {shape.model_type}, {count_text(shape.total_params)} parameters, {shape.layers} layers, width {shape.hidden:,}",
+        f"on {hardware.name}: {bytes_text(hardware.memory_bytes)}, of which a plan may be wrong by {percent_text(hardware.margin)}",
+    ]
+    if question.rows is not None:
+        rows = question.rows
+        lines.append(
+            f"rows: {len(rows.tokens):,}, the longest of {rows.longest:,} tokens, {count_text(sum(rows.tokens))} tokens in all"
+            f" (estimate, by {rows.how})"
+        )
+    lines.append(f"rows of {question.base.tokens:,} tokens; a better setting comes first, what you fixed stays")
+    if not own_layers(shape):
+        lines.append("this family keeps transformers' own layers: its activations are an estimate on the high side")
+    return "\n".join(lines)
+
+
+def _table(given: Answer) -> str:
+    found = found_with_change(given)
+    lines = [["predicted memory, GiB", *(method for method, _ in found)]]
+    for name in ROWS:
+        cells = [_cell(one, name) for _, one in found]
+        if any(cell != "-" for cell in cells):
+            lines.append([name, *cells])
+    lines.append(["at the peak", *(f"{gib(one.memory.total):.2f}" for _, one in found)])
+    if any(one.memory.host for _, one in found):
+        lines.append(["host memory beside it", *(f"{gib(one.memory.host):.2f}" for _, one in found)])
+    lines.append(["", *("" for _ in found)])
+    lines += [
+        ["verdict", *(one.verdict for _, one in found)],
+        ["trained parameters", *(count_text(trained_params(given.question.shape, one.setting)) for _, one in found)],
+        ["activations", *(one.setting.policy for _, one in found)],
+        ["optimizer state", *(one.setting.state + (", paged" if one.setting.paged else "") for _, one in found)],
+        ["rows at once", *(str(one.setting.micro_batch_size) for _, one in found)],
+    ]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]).rstrip() for line in lines)
+
+
+def _cell(one: Option, name: str) -> str:
+    """GiB of a term at the peak; "-" where it is not there then."""
+    counted = sum(term.bytes for term in one.memory.at(one.memory.peak) if term.name == name)
+    return "-" if not counted else "<0.01" if gib(counted) < 0.005 else f"{gib(counted):.2f}"
+
+
+def _fitting(given: Answer) -> str:
+    lines = []
+    for number, (method, why) in enumerate(given.ranking, 1):
+        one = given.found[method]
+        state = "" if one.setting.state == "float32" else f", optim.state={one.setting.state}" + (", paged" if one.setting.paged else "")
+        lines.append(
+            f"{number}. {method}, {bytes_text(one.memory.total)}: {why}\n"
+            f"   policy {one.setting.policy} ({POLICIES[one.setting.policy].cost}){state}, {one.setting.micro_batch_size} rows at once"
+        )
+    return "what fits, best first\n" + "\n".join(lines) if lines else "nothing of this fits"
+
+
+def _failing(given: Answer) -> str:
+    lines = []
+    for method, change in given.changes.items():
+        one = given.found[method]
+        term = one.memory.largest
+        lines.append(
+            f"{method} needs {bytes_text(one.memory.total)} at the least; its largest term is {term.name},"
+            f" {bytes_text(term.bytes)} ({term.formula})"
+        )
+        if change is None:
+            lines.append(f"   nothing is left to change; {_card(one)}")
+        else:
+            then = {FITS: "then it fits", NOT: f"then it needs {bytes_text(change.option.memory.total)}, still too much"}
+            result = then.get(change.option.verdict, "then it is within the memory, but not by the margin of error")
+            lines.append(f"   first change: {change.text}, which saves {bytes_text(change.saved)}; {result}. Or {_card(one)}")
+    return "\n".join(["what does not fit", *lines]) if lines else ""
+
+
+def _card(one: Option) -> str:
+    """The smallest size of card in the table that would hold it."""
+    needed = one.memory.total * 1.05
+    sizes = sorted({size for size in CARDS_GB.values() if size * 10**9 >= needed})
+    return f"take a card with {sizes[0]} GB" if sizes else "no card of the table holds it"
+
+
+def _time(given: Answer) -> str:
+    steps = steps_per_epoch(given)
+    length = f"{steps:,} steps of {given.question.global_batch_size} rows in an epoch; " if steps else ""
+    timed = [(method, seconds_per_step(given, one)) for method, one in found_with_change(given) if one.verdict != NOT]
+    if any(seconds is None for _, seconds in timed) or not timed:
+        return f"time: {length}not calibrated for this place, so no time is given"
+    each = [f"{method} {seconds_text(s)} a step" + (f", {seconds_text(s * steps)} an epoch" if steps else "") for method, s in timed if s]
+    return f"time (estimate): {length}{'; '.join(each)}"
