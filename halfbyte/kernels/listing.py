@@ -63,11 +63,11 @@ _IMPLEMENTATIONS: dict[str, dict[str, Callable[[str], str]]] = {
     "quantize_blockwise": {"cpu": _cpu, "triton": _triton, "reference": _reference},
     "dequantize_blockwise": {"cpu": _cpu, "triton": _triton, "reference": _reference},
     "matmul_4bit": {"cpu": _cpu, "triton": _triton, "reference": _reference},
-    "linear_cross_entropy": {"cpu": _cpu, "reference": _reference},
-    "rms_norm": {"cpu": _cpu, "reference": _reference},
-    "rope": {"cpu": _cpu, "reference": _reference},
-    "adamw": {"cpu": _cpu, "reference": _reference},
-    "gated_mlp": {"cpu": _cpu, "reference": _reference},
+    "linear_cross_entropy": {"cpu": _cpu, "triton": _triton, "reference": _reference},
+    "rms_norm": {"cpu": _cpu, "triton": _triton, "reference": _reference},
+    "rope": {"cpu": _cpu, "triton": _triton, "reference": _reference},
+    "adamw": {"cpu": _cpu, "triton": _triton, "reference": _reference},
+    "gated_mlp": {"cpu": _cpu, "triton": _triton, "reference": _reference},
     "packed_attention": {"cpu": _cpu, "torch": _torch, "reference": _reference},
 }
 

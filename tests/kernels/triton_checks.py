@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.adamw import reference as step_reference
+from halfbyte.kernels.adamw import triton_gpu as adam
 from halfbyte.kernels.dequantize_blockwise import reference as read_reference
 from halfbyte.kernels.dequantize_blockwise import triton_gpu as read
 from halfbyte.kernels.gated_mlp import ACTS
@@ -271,6 +273,55 @@ def test_cross_entropy_of_sure_rows_and_extreme_logits() -> None:
     torch.testing.assert_close(z[:3].double(), gradient, rtol=1e-5, atol=3e-7)
 
 
+# ---- adamw
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_adamw_steps_as_the_reference(dtype: torch.dtype) -> None:
+    """Several steps, gradients over six decades, sizes that are no whole tiles; what lies behind the buffer is untouched."""
+    for size in (1, 255, 1024, 2500):
+        wide = {name: _random(size + adam.TILE) for name in ("p", "m", "v")}
+        wide["v"].abs_()
+        want = {name: tensor[:size].clone() for name, tensor in wide.items()}
+        behind = {name: tensor[size:].clone() for name, tensor in wide.items()}
+        for step in (1, 2, 3):
+            grad = (_random(size) * torch.logspace(-6, 0, size, device=DEVICE)).to(dtype)
+            adam.adamw_(wide["p"][:size], grad, wide["m"][:size], wide["v"][:size], 1e-2, 0.9, 0.999, 1e-8, 0.1, step)
+            step_reference.adamw_(want["p"], grad, want["m"], want["v"], 1e-2, 0.9, 0.999, 1e-8, 0.1, step)
+        for name, tensor in wide.items():
+            torch.testing.assert_close(tensor[:size], want[name], rtol=2e-6, atol=1e-6)
+            assert same_bits(tensor[size:].cpu(), behind[name].cpu())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_adamw_with_moments_in_8_bits(dtype: torch.dtype) -> None:
+    """The same indices but for a rounding at a threshold; a second moment above zero is not stored as zero."""
+    books = BOOKS["dynamic-signed"], BOOKS["dynamic-unsigned"]
+    for size in (1, 300, 1024, 2500):
+        wide = adam.TILE + size
+        blocks = -(-size // 256)
+        runs = []
+        for run in (adam, step_reference):
+            torch.manual_seed(1)
+            p, (m, v) = _random(wide), torch.zeros(2, wide, dtype=torch.uint8, device=DEVICE)
+            m_absmax, v_absmax = torch.zeros(wide, device=DEVICE), torch.zeros(wide, device=DEVICE)
+            behind = p[size:].clone()
+            for step in (1, 2, 3):
+                grad = (_random(size) * torch.logspace(-6, 0, size, device=DEVICE)).to(dtype)
+                state = m[:size], m_absmax[:blocks], v[:size], v_absmax[:blocks]
+                run.adamw_int8_(p[:size], grad, *state, *books, 1e-2, 0.9, 0.999, 1e-8, 0.1, step)
+            assert same_bits(p[size:].cpu(), behind.cpu()) and not m[size:].any() and not m_absmax[blocks:].any() and not v[size:].any()
+            assert (v[:size] > 0).all()
+            runs.append((p[:size], m[:size].int(), v[:size].int(), m_absmax[:blocks], v_absmax[:blocks]))
+        (p, m, v, *scales), (want_p, want_m, want_v, *want_scales) = runs
+        assert (m - want_m).abs().max() <= 1 and (v - want_v).abs().max() <= 1
+        assert (m != want_m).sum() + (v != want_v).sum() <= size // 200
+        same = (m == want_m) & (v == want_v)
+        torch.testing.assert_close(p[same], want_p[same], rtol=1e-5, atol=1e-6)
+        for got, want in zip(scales, want_scales):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+
+
 # ---- more than 2^31 elements
 
 
@@ -322,3 +373,18 @@ def test_blocks_beyond_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     assert same_bits(stored[-(32 + 5) :], want[0]) and same_bits(absmax[-2:], want[1])
     out = read.dequantize_blockwise(stored, absmax, BOOKS["nf4"], 64, count, torch.bfloat16)
     assert same_bits(out[-73:], read_reference.dequantize_blockwise(*want, BOOKS["nf4"], 64, 73, torch.bfloat16))
+
+
+@interpreted_only
+def test_optimizer_states_beyond_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
+    """# T52: the last numbers of a flat buffer of more than 2^31 (gradient and moments are one piece of memory, to ask for less of it)."""
+    only_the_last(monkeypatch, adam)
+    count = 2**31 + 4096 + 9
+    p, same = torch.empty(count), torch.empty(count)
+    tail, numbers = slice(count - 500, count), (1e-2, 0.9, 0.999, 1e-8, 0.1, 1)
+    p[tail], same[tail] = _random(500), _random(500).abs()
+    want = [p[tail].clone(), *(same[tail].clone() for _ in range(3))]
+    adam.adamw_(p, same, same, same, *numbers)
+    step_reference.adamw_(*want, *numbers)
+    torch.testing.assert_close(p[tail], want[0], rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(same[tail], want[3], rtol=2e-6, atol=1e-6)

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 
+from halfbyte.kernels.adamw import triton_gpu as adam
 from halfbyte.kernels.dequantize_blockwise import triton_gpu as read
 from halfbyte.kernels.gated_mlp import ACTS
 from halfbyte.kernels.gated_mlp import triton_gpu as gated
@@ -75,6 +76,18 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(monkeypatch: pytest.Monkey
     z, labels = _zeros(4, 128256), _zeros(4, dtype=torch.int64)
     for softcap in (None, 30.0):
         _moves_16_bytes(compile_call(monkeypatch, loss, partial(loss.cross_entropy_, z, labels, softcap, 1.0, True)))
+
+
+def test_adamw_moves_16_bytes_and_is_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 8 bits the moments are 4 bytes of a thread that holds 4 parameters."""
+    p, grad, numbers = _zeros(COUNT, dtype=torch.float32), _zeros(COUNT), (1e-2, 0.9, 0.999, 1e-8, 0.1, 1)
+    made = compile_call(monkeypatch, adam, partial(adam.adamw_, p, grad, p, p, *numbers))
+    indices, absmax, book = _zeros(COUNT, dtype=torch.uint8), _zeros(COUNT // 256, dtype=torch.float32), CODEBOOKS["dynamic-signed"]
+    state = indices, absmax, indices, absmax, book, book
+    made += compile_call(monkeypatch, adam, partial(adam.adamw_int8_, p, grad, *state, *numbers))
+    _moves_16_bytes(made)
+    for kernel in made:
+        assert kernel.has(r"div\.rn\.f32") and kernel.has(r"sqrt\.rn\.f32") and not kernel.has(FUSED)
 
 
 def test_an_older_gpu_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
