@@ -14,6 +14,7 @@ code with tiny shapes on any machine and writes nowhere but into --work.  A peer
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -33,6 +34,7 @@ NEEDS = {
     "peft": ("peft", "bitsandbytes"), "trl": ("trl", "peft", "bitsandbytes"), "unsloth": ("unsloth",),
     "liger": ("liger_kernel", "peft", "bitsandbytes"),
 }  # fmt: skip
+PEERS = ("triton", "unsloth", "unsloth_zoo", "liger_kernel", "xformers")
 
 
 class Line:
@@ -113,7 +115,8 @@ def gpu(device: str) -> dict[str, object]:
     if not device.startswith("cuda"):
         return {"gpu": "none"}
     seen = torch.cuda.get_device_properties(0)
-    return {"gpu": seen.name, "gpu_bytes": seen.total_memory, "cuda": torch.version.cuda}
+    found = {name: importlib.metadata.version(name) for name in PEERS if importlib.util.find_spec(name) is not None}
+    return {"gpu": seen.name, "gpu_bytes": seen.total_memory, "cuda": torch.version.cuda, "peers": found}
 
 
 def missing(arm: str) -> list[str]:
@@ -225,6 +228,15 @@ def other(line: Line) -> int:
     return int(gpu_lines.LINES[line.name](line))
 
 
+def install(wheels: Path, site: Path) -> None:
+    """Unpack the wheels into a folder that this process and those it starts search first."""
+    if not site.is_dir():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--target", str(site)]
+        subprocess.run([*command, *map(str, sorted(wheels.glob("*.whl")))], check=True)
+    sys.path.insert(0, str(site))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
+
+
 LINES: dict[str, Callable[[Line], int]] = {
     "step-8b": step_8b, "step-small": step_small, "memory-7b": other, "step-65b": other, "context-24g": other, "dequantize": other,
     "paging": other,
@@ -237,10 +249,13 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/gpu"), help="folder for models and inputs")
     parser.add_argument("--results", type=Path, default=record.RESULTS)
     parser.add_argument("--minutes", type=float, default=7.5, help="no new run is begun that would not end in this time")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels to unpack into --work; see gpu_wheels.py")
     parser.add_argument("--device")
     parser.add_argument("--retry-failed", action="store_true", help="repeat runs that are written down as failed")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
+    if options.wheels:
+        install(options.wheels, options.work.absolute() / "site")
     import torch
 
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
