@@ -106,13 +106,14 @@ def _module(op: str, name: str) -> Any:
     return importlib.import_module(f"halfbyte.kernels.{op}.{_FILES[name]}")
 
 
-def implementation(op: str, like: Tensor) -> Any:
+def implementation(op: str, like: Tensor, dtype: torch.dtype | None = None) -> Any:
     """The module that serves `op` where `like` is: its `cpu`, `triton_gpu` or `reference`, imported on first use.
 
-    float64 is there to check gradients with and always takes the reference.  Raises what `chosen` raises.
+    float64 (of `like`, or of the result where `dtype` is given) is there to check gradients with and always takes the reference.
+    Raises what `chosen` raises.
     """
     name = chosen(op, like.device.type)
-    return _module(op, "reference" if like.dtype == torch.float64 else name)
+    return _module(op, "reference" if (dtype or like.dtype) == torch.float64 else name)
 
 
 def table() -> list[OpRow]:

@@ -11,15 +11,13 @@ Shapes: stored (ceil(n/2),) for 16 levels or (n,) for 256, uint8; absmax (N,) fp
         nested: absmax (N,) uint8; absmax2 (ceil(N/256),), nested_codebook (256,), offset () fp32
 """
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from halfbyte.kernels import listing
-from halfbyte.kernels.dequantize_blockwise import reference
 from halfbyte.kernels.library import LIBRARY
 
+OP = "dequantize_blockwise"
 NESTED_BLOCKSIZE = 256
 Nested = tuple[Tensor, Tensor, Tensor]  # absmax2, nested_codebook, offset
 LIBRARY.define(
@@ -46,27 +44,13 @@ def check(stored: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, nume
                 raise ValueError(f"{name} of {blocks} nested scales must be {size} float32, found {part.numel()} of {part.dtype}")
 
 
-def implementation(device: str, dtype: torch.dtype) -> ModuleType:
-    """The module that serves tensors of `dtype` on `device`; float64 is the reference's alone."""
-    chosen = listing.chosen("dequantize_blockwise", device)
-    if chosen == "reference" or dtype == torch.float64:
-        return reference
-    if chosen == "triton":
-        from halfbyte.kernels.dequantize_blockwise import triton_gpu
-
-        return triton_gpu
-    from halfbyte.kernels.dequantize_blockwise import cpu
-
-    return cpu
-
-
 def _serve(
     stored: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, numel: int, dtype: torch.dtype,
     absmax2: Tensor | None = None, nested_codebook: Tensor | None = None, offset: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     nested = nested_of(absmax2, nested_codebook, offset)
     check(stored, absmax, codebook, blocksize, numel, nested)
-    serving = implementation(stored.device.type, dtype)
+    serving = listing.implementation(OP, stored, dtype)
     return serving.dequantize_blockwise(stored, absmax, codebook, blocksize, numel, dtype, nested)
 
 
@@ -102,5 +86,5 @@ def dequantize_into(out: Tensor, stored: Tensor, absmax: Tensor, codebook: Tenso
     check(stored, absmax, codebook, blocksize, out.numel(), nested)
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, found strides {out.stride()}")
-    implementation(out.device.type, out.dtype).dequantize_into(out, stored, absmax, codebook, blocksize, nested)
+    listing.implementation(OP, out).dequantize_into(out, stored, absmax, codebook, blocksize, nested)
     return out

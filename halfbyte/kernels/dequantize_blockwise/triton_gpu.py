@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from halfbyte.kernels.dequantize_blockwise import Nested
 from halfbyte.kernels.triton_launch import launch, power_of_2
 
 TILE = 4096  # elements of one program
-Nested = tuple[Tensor, Tensor, Tensor]
 
 
 @triton.jit

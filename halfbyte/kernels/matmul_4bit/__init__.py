@@ -11,7 +11,6 @@ Source: https://arxiv.org/abs/2305.14314 (QLoRA, equation 5)
 Shapes: x (..., I); packed, absmax, codebook, nested as in dequantize_blockwise for the n = O * I elements of `shape` = (O, I) -> (..., O)
 """
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,8 +20,8 @@ from halfbyte.kernels import listing
 from halfbyte.kernels.dequantize_blockwise import Nested, nested_of
 from halfbyte.kernels.dequantize_blockwise import check as check_stored
 from halfbyte.kernels.library import LIBRARY
-from halfbyte.kernels.matmul_4bit import reference
 
+OP = "matmul_4bit"
 _WEIGHT = (
     "Tensor packed, Tensor absmax, Tensor codebook, int blocksize, int[] shape, ScalarType dtype,"
     " Tensor? absmax2=None, Tensor? nested_codebook=None, Tensor? offset=None"
@@ -39,19 +38,6 @@ def check(x: Tensor, shape: list[int] | tuple[int, ...], axis: int = 1) -> None:
         raise ValueError(f"activations of shape {tuple(x.shape)} do not fit a weight of shape {tuple(shape)}")
 
 
-def _implementation(device: str) -> ModuleType:
-    chosen = listing.chosen("matmul_4bit", device)
-    if chosen == "cpu":
-        from halfbyte.kernels.matmul_4bit import cpu
-
-        return cpu
-    if chosen == "triton":
-        from halfbyte.kernels.matmul_4bit import triton_gpu
-
-        return triton_gpu
-    return reference
-
-
 def _serve(
     x: Tensor, packed: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, shape: list[int], dtype: torch.dtype,
     absmax2: Tensor | None = None, nested_codebook: Tensor | None = None, offset: Tensor | None = None,
@@ -59,7 +45,7 @@ def _serve(
     check(x, shape)
     nested = nested_of(absmax2, nested_codebook, offset)
     check_stored(packed, absmax, codebook, blocksize, shape[0] * shape[1], nested)
-    return _implementation(x.device.type).matmul_4bit(x, packed, absmax, codebook, blocksize, shape, dtype, nested)
+    return listing.implementation(OP, x).matmul_4bit(x, packed, absmax, codebook, blocksize, shape, dtype, nested)
 
 
 def _serve_gradient(
@@ -68,10 +54,7 @@ def _serve_gradient(
 ) -> Tensor:  # fmt: skip
     check(dy, shape, axis=0)
     nested = nested_of(absmax2, nested_codebook, offset)
-    serving = _implementation(dy.device.type)
-    # a GPU's allocator keeps its memory, so the plain form serves there as well
-    serving = serving if hasattr(serving, "input_gradient") else reference
-    return serving.input_gradient(dy, packed, absmax, codebook, blocksize, shape, dtype, nested)
+    return listing.implementation(OP, dy).input_gradient(dy, packed, absmax, codebook, blocksize, shape, dtype, nested)
 
 
 def _fake(x: Tensor, packed: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, shape: list[int], *rest: Any) -> Tensor:

@@ -18,8 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halfbyte.kernels.dequantize_blockwise.triton_gpu import Nested, dequantize_blockwise, scale_of
+from halfbyte.kernels.dequantize_blockwise import Nested
+from halfbyte.kernels.dequantize_blockwise.triton_gpu import scale_of
+from halfbyte.kernels.matmul_4bit import reference
+from halfbyte.kernels.matmul_4bit.reference import input_gradient
 from halfbyte.kernels.triton_launch import launch, power_of_2
+
+__all__ = ["input_gradient", "matmul_4bit"]  # the gradient is a dense product for any number of rows
 
 ROWS = 4  # rows of x up to which the fused kernel serves
 OUTPUTS = 4  # outputs of one program
@@ -64,8 +69,7 @@ def matmul_4bit(
     outputs, columns = shape
     rows = x.numel() // max(columns, 1)
     if rows > ROWS or columns % blocksize or blocksize != power_of_2(blocksize) or blocksize > CHUNK:
-        weight_OI = dequantize_blockwise(packed, absmax, codebook, blocksize, outputs * columns, dtype, nested).view(outputs, columns)
-        return torch.nn.functional.linear(x, weight_OI.to(x.dtype))
+        return reference.matmul_4bit(x, packed, absmax, codebook, blocksize, shape, dtype, nested)
     y = x.new_empty((*x.shape[:-1], outputs))
     parts = (packed.contiguous(), absmax.contiguous(), codebook, *(part.contiguous() for part in nested or ()))
     launch(

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from halfbyte.kernels import listing
 from halfbyte.kernels.library import LIBRARY
-from halfbyte.kernels.quantize_blockwise import reference
 
+OP = "quantize_blockwise"
 LIBRARY.define("quantize_blockwise(Tensor x, Tensor codebook, int blocksize) -> (Tensor, Tensor)")
 
 
@@ -34,19 +34,9 @@ def check(x: Tensor, codebook: Tensor, blocksize: int) -> None:
         raise ValueError(f"blocksize must be even and positive, found {blocksize}")
 
 
-def _cpu(x: Tensor, codebook: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+def _serve(x: Tensor, codebook: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     check(x, codebook, blocksize)
-    if listing.chosen("quantize_blockwise", "cpu") == "reference" or x.dtype == torch.float64:
-        return reference.quantize_blockwise(x, codebook, blocksize)
-    from halfbyte.kernels.quantize_blockwise import cpu  # compiles on first use
-
-    return cpu.quantize_blockwise(x, codebook, blocksize)
-
-
-def _any_device(x: Tensor, codebook: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    check(x, codebook, blocksize)
-    listing.chosen("quantize_blockwise", x.device.type)
-    return reference.quantize_blockwise(x, codebook, blocksize)
+    return listing.implementation(OP, x).quantize_blockwise(x, codebook, blocksize)
 
 
 def _fake(x: Tensor, codebook: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -56,8 +46,7 @@ def _fake(x: Tensor, codebook: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     return x.new_empty((stored,), dtype=torch.uint8), x.new_empty((-(-count // blocksize),), dtype=torch.float32)
 
 
-LIBRARY.impl("quantize_blockwise", _cpu, "CPU")
-LIBRARY.impl("quantize_blockwise", _any_device, "CompositeExplicitAutograd")
+LIBRARY.impl("quantize_blockwise", _serve, "CompositeExplicitAutograd")
 torch.library.register_fake("halfbyte::quantize_blockwise", _fake, lib=LIBRARY)
 
 
