@@ -49,3 +49,16 @@ def test_versions_are_those_installed() -> None:
 def test_memory_figures_need_no_torch() -> None:
     code = "import sys; from halfbyte import devices; devices.rss_anon_bytes(); devices.peak_rss_bytes(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_freed_memory_is_kept() -> None:
+    """Blocks beyond any threshold come back without a page fault; in a process of its own, for the setting stays."""
+    program = (
+        "import resource, torch; from halfbyte import devices; kept = devices.keep_freed_memory()\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt; torch.empty(20 << 20).fill_(1)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "print(kept, min(faults() for _ in range(4)))"
+    )
+    kept, faults = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert kept == "False" or int(faults) < 1000  # 20 Mi floats are 20,480 pages

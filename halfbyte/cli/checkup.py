@@ -62,6 +62,7 @@ def model_text(name: str) -> str:
     from halfbyte.errors import UnsupportedError
     from halfbyte.models.load import load_tokenizer, token_limit
     from halfbyte.models.source import resolve
+    from halfbyte.models.structure import examine
 
     source = resolve(name)
     tokenizer = load_tokenizer(source)
@@ -71,6 +72,7 @@ def model_text(name: str) -> str:
         ("tokens at most", f"{token_limit(source) or 'not said'}"),
         ("vocabulary", f"{len(tokenizer):,} tokens, ends with {tokenizer.eos_token}"),
         ("chat template", "yes" if tokenizer.chat_template else "none: conversations need --template"),
+        ("decoder layers", str(examine(source.folder))),
     ]
     try:
         shape = ModelShape.read(source.folder)

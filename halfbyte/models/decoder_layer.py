@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,8 +87,9 @@ def _again(layer: Any, x: Tensor, angles: Any, rows: Rows) -> Tensor:
     away = save_on_cpu(pin_memory=True) if layer.policy == "offload" and x.is_cuda else nullcontext()
     with away:
         out = checkpoint(
-            run, layer, layer.plan, x, angles, rows, "keep", use_reentrant=False, context_fn=lambda: (nullcontext(), without_down())
-        )
+            run, layer, layer.plan, x, angles, rows, "recompute_mlp", use_reentrant=False,
+            context_fn=lambda: (nullcontext(), without_down()),
+        )  # fmt: skip
     assert isinstance(out, Tensor)
     return out
 
@@ -96,12 +97,12 @@ def _again(layer: Any, x: Tensor, angles: Any, rows: Rows) -> Tensor:
 @cache
 def class_for(original: Any) -> Any:
     """The subclass of a decoder layer's class that runs on own ops."""
-    return type(f"Fused{original.__name__}", (FusedLayer, original), {"__module__": __name__})  # type: ignore[no-any-return]
+    return type(f"Fused{original.__name__}", (FusedLayer, original), {"__module__": __name__})
 
 
 def take_over(original: nn.Module, plan: Plan, policy: str = "keep") -> nn.Module:
     """A layer that shares everything with `original` and runs as `plan` says."""
-    kind = class_for(type(original))
+    kind = class_for(cast(Any, type(original)))
     layer = kind.__new__(kind)
     layer.__dict__.update(original.__dict__)
     layer.__dict__["plan"], layer.__dict__["policy"] = plan, policy

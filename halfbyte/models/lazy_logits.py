@@ -12,7 +12,7 @@ The output layer is taken over like a decoder layer: an instance of a subclass o
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,19 @@ from halfbyte.kernels.linear_cross_entropy import linear_cross_entropy
 class LazyLogits(Tensor):
     """softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), not computed yet; (..., V) like the logits it stands for."""
 
+    hidden: Tensor
+    head: nn.Linear
+    scale: float
+    softcap: float | None
+    bent: bool
+
     @staticmethod
     def of(
         hidden: Tensor, head: nn.Linear, shape: torch.Size, dtype: torch.dtype, scale: float = 1.0, softcap: float | None = None,
         bent: bool = False,
     ) -> "LazyLogits":  # fmt: skip
         """`bent`: the tanh has been taken, the factor behind it not yet."""
-        made: Any = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Any = torch.Tensor._make_wrapper_subclass(
             LazyLogits, shape, dtype=dtype, device=hidden.device, requires_grad=hidden.requires_grad
         )
         made.hidden, made.head, made.scale, made.softcap, made.bent = hidden, head, scale, softcap, bent
@@ -63,7 +69,9 @@ class LazyLogits(Tensor):
         return function(*_real(args), **_real(named))
 
     @classmethod
-    def __torch_dispatch__(cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         return function(*_real(args), **_real(kwargs or {}))
 
 
@@ -127,7 +135,7 @@ class LazyHead:
         """(..., H) -> (..., V), lazily where gradients are recorded in training mode."""
         if self.training and torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):  # type: ignore[attr-defined]
             return LazyLogits.of(x, self, torch.Size([*x.shape[:-1], self.out_features]), x.dtype)  # type: ignore[arg-type,attr-defined]
-        return super().forward(x)  # type: ignore[misc,no-any-return]
+        return super().forward(x)  # type: ignore[misc]
 
 
 @cache
@@ -144,7 +152,7 @@ def make_lazy(model: Any) -> bool:
     if type(head) is not nn.Linear:
         return False
     name = next(name for name, module in model.named_modules() if module is head)
-    kind = class_for(type(head))
+    kind = class_for(cast(Any, type(head)))
     lazy = kind.__new__(kind)
     lazy.__dict__.update(head.__dict__)
     surgery.replace(model, name, lazy)

@@ -7,7 +7,8 @@ A hook before the backbone looks at what the model was called with and says the 
 
 transformers passes a mask of four dimensions through untouched, so an empty one carries the boundaries to every layer and no (T, T)
 mask is made.  The hook acts only where all decoder layers can read it: without a cache, outside autocast, while gradients are recorded
-(or the caller said use_cache=False).  A padding mask counts only if each row's real tokens stand together; else the call goes its ordinary way.
+(or the caller said use_cache=False).  A padding mask counts only if each row's real tokens stand together; else the call goes its
+ordinary way.
 """
 
 from collections.abc import Mapping

@@ -14,18 +14,22 @@ Does not: LayerNorm, interleaved rotation, attention sinks, ALiBi.  `doctor MODE
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from halfbyte import surgery
 from halfbyte.kernels.gated_mlp import gated_act
 from halfbyte.kernels.rms_norm import rms_norm
 from halfbyte.log import logger
+from halfbyte.models import folder_checks
 from halfbyte.models.decoder_layer import POLICIES, FusedLayer, Plan, epsilon, run, take_over
 from halfbyte.models.modes import evaluating
 from halfbyte.models.rows import announce, rows_from
+from halfbyte.models.transformers_calls import quiet
 
 TOKENS = (7, 5)
 ROUNDINGS = 16
@@ -42,11 +46,17 @@ ACTS = ("silu", "gelu_tanh", "gelu")
 
 @dataclass(frozen=True)
 class Fused:
-    """What `fuse` did: how many layers run on own ops, whose MLP does too, and why not (empty: all do)."""
+    """What `fuse` did: how many layers run on own ops, how many of their MLPs do, and why not (empty: all do)."""
 
     layers: int
     gated: int
     reason: str = ""
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return f"transformers' own: {self.reason}"
+        parts = "norms, rotary, attention"
+        return f"{parts}, MLP and head on own ops" if self.layers == self.gated else f"{parts} and head on own ops; {self.reason}"
 
 
 class Unfit(Exception):
@@ -84,6 +94,25 @@ def fuse(model: Any) -> Fused:
     return _counted(decoder_layers(model))
 
 
+def examine(folder: Path) -> Fused:
+    """What `fuse` would do with the model in a folder, tried on a few of its layers with random weights and a small vocabulary.
+
+    Raises ModelError where config.json is not one of a known language model.
+    """
+    config = folder_checks.make_config(folder_checks.read_config(folder), folder)
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or []
+    text.num_hidden_layers = min(text.num_hidden_layers, 1 + max([1, *(kinds.index(kind) for kind in set(kinds))]))
+    text.vocab_size, text.pad_token_id = min(text.vocab_size, 128), None
+    if kinds:
+        text.layer_types = kinds[: text.num_hidden_layers]
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model = kind._from_config(config, dtype=torch.bfloat16)
+    return fuse(model)
+
+
 def is_fused(model: nn.Module) -> bool:
     """The model's decoder layers run on own ops."""
     return any(isinstance(layer, FusedLayer) for layer in decoder_layers(model).values())
@@ -96,7 +125,7 @@ def set_policy(model: nn.Module, policy: str) -> None:
 
 
 def _counted(layers: dict[str, nn.Module]) -> Fused:
-    gated = sum(bool(layer.plan.gated) for layer in layers.values())  # type: ignore[union-attr]
+    gated = sum(bool(layer.plan.gated) for layer in layers.values() if isinstance(layer, FusedLayer))
     rest = len(layers) - gated
     return Fused(len(layers), gated, f"the MLP of {rest} layers is not a gated one of known parts" if rest else "")
 
@@ -156,7 +185,7 @@ def _readings(layer: nn.Module) -> Iterator[Plan]:
     for place, rotary, gated in product(places, (True, False), (_act(mlp), "") if inner else ("",)):
         yield Plan(
             place, qkv, inner if gated else (), _qk_norm(parts, attention, heads * head_dim, head_dim), forms, gated,
-            float(multiplier), _window(attention), float(softcap or 0.0),  # type: ignore[arg-type]
+            float(multiplier), _window(attention), float(softcap or 0.0),
             float(attention.scaling), heads, groups, head_dim, rotary,  # type: ignore[arg-type]
         )  # fmt: skip
 
@@ -195,7 +224,7 @@ def _window(attention: Any) -> int:
 def _qk_norm(parts: dict[str, nn.Module], attention: nn.Module, width: int, head_dim: int) -> str:
     if "q_norm" not in parts:
         return ""
-    size = parts["q_norm"].weight.numel()  # type: ignore[union-attr,operator]
+    size = parts["q_norm"].weight.numel()  # type: ignore[operator]
     return {head_dim: "head", width: "width"}.get(size, "") or _refuse(f"a query norm of {size} weights")
 
 

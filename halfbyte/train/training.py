@@ -72,6 +72,8 @@ class Training:
         self.stop, self.audience, self.model = stop, audience, assembled.model
         self.began, self.seconds_before = time.monotonic(), 0.0
         devices.set_threads(int(config.train.threads))
+        if assembled.model.device.type == "cpu":
+            devices.keep_freed_memory()
         self.device = device_of(assembled)
         self.items = items
         self.batches = self._batches(
