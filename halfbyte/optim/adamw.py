@@ -17,12 +17,10 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from halfbyte.errors import CheckpointError, UnsupportedError
+from halfbyte.kernels.adamw import adamw_, adamw_int8_
 from halfbyte.log import logger
 from halfbyte.optim import state_storage
 from halfbyte.optim.paged import host_copy, resident
-
-CHUNK = 4 * 2**20
-"""Elements updated at once with 8-bit state: bounds the float32 temporaries at about 64 MiB."""
 
 
 class AdamW(torch.optim.Optimizer):
@@ -96,12 +94,16 @@ class AdamW(torch.optim.Optimizer):
 
     def _update_one(self, parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         assert parameter.grad is not None
+        if "master" not in state and not state_storage.is_int8(state):
+            _update_float32([(parameter, parameter.grad, state)], group)
+            return
         values = state.get("master", parameter)
-        gradient = parameter.grad.to(values.dtype)
+        state["step"] += 1
+        rest = group["lr"], *group["betas"], group["eps"], group["weight_decay"], int(state["step"])
         if state_storage.is_int8(state):
-            _update_int8(values, gradient, state, group)
+            adamw_int8_(values, parameter.grad, *state_storage.int8_moments(state), *rest)
         else:
-            _update_float32([(values, gradient, state)], group)
+            adamw_(values, parameter.grad, state["m"], state["v"], *rest)
         if values is not parameter:
             parameter.copy_(values)
 
@@ -162,23 +164,3 @@ def _update_float32(members: list[tuple[Tensor, Tensor, dict[str, Tensor]]], gro
         )
         for _, _, state in members:
             state["step"] += 1
-
-
-def _update_int8(values: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    """The module's formula on chunks: moments are read, updated in float32, applied from float32, and only then rounded to 8 bits."""
-    (beta1, beta2), lr = group["betas"], group["lr"]
-    state["step"] += 1
-    t = float(state["step"])
-    flat, gradients = values.reshape(-1), gradient.reshape(-1)
-    for start in range(0, flat.numel(), CHUNK):
-        stop = min(start + CHUNK, flat.numel())
-        g = gradients[start:stop].float()
-        m = state_storage.read(state, "m", start, stop).lerp_(g, 1 - beta1)
-        v = state_storage.read(state, "v", start, stop).mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        part = flat[start:stop]
-        part.mul_(1 - lr * group["weight_decay"])
-        part.addcdiv_(m, v.sqrt().div_((1 - beta2**t) ** 0.5).add_(group["eps"]), value=-lr / (1 - beta1**t))
-        state_storage.write(state, "m", start, m)
-        state_storage.write(state, "v", start, v)
-    if not values.is_contiguous():  # then reshape gave a copy
-        values.copy_(flat.view_as(values))

@@ -13,11 +13,9 @@ in 32 bits, where the saving is nothing and the error shows.
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.dequantize_blockwise import dequantize_blockwise
-from halfbyte.kernels.quantize_blockwise import quantize_blockwise
+from halfbyte.kernels.adamw import BLOCKSIZE
 from halfbyte.quant.codebooks import CODEBOOKS
 
-BLOCKSIZE = 256
 SMALLEST_INT8 = 4096
 CODEBOOK_OF = {"m": "dynamic-signed", "v": "dynamic-unsigned"}
 
@@ -40,20 +38,8 @@ def is_int8(state: dict[str, Tensor]) -> bool:
     return "m_indices" in state
 
 
-def read(state: dict[str, Tensor], moment: str, start: int, stop: int) -> Tensor:
-    """Elements start .. stop of an 8-bit moment as float32; `start` must be a multiple of 256."""
-    indices = state[f"{moment}_indices"][start:stop]
-    absmax = state[f"{moment}_absmax"][start // BLOCKSIZE : -(-stop // BLOCKSIZE)]
-    codebook = CODEBOOKS[CODEBOOK_OF[moment]].to(indices.device)
-    return dequantize_blockwise(indices, absmax, codebook, BLOCKSIZE, stop - start, torch.float32)
-
-
-def write(state: dict[str, Tensor], moment: str, start: int, values: Tensor) -> None:
-    """Store float32 `values` (n,) as elements start .. start + n of an 8-bit moment; `start` must be a multiple of 256."""
-    stop = start + values.numel()
-    codebook = CODEBOOKS[CODEBOOK_OF[moment]].to(values.device)
-    indices, absmax = quantize_blockwise(values, codebook, BLOCKSIZE)
-    if moment == "v":
-        indices = torch.where((indices == 0) & (values > 0), 1, indices)
-    state[f"{moment}_indices"][start:stop] = indices
-    state[f"{moment}_absmax"][start // BLOCKSIZE : -(-stop // BLOCKSIZE)] = absmax
+def int8_moments(state: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Both 8-bit moments as `kernels.adamw.adamw_int8_` takes them: indices and scales of m, of v, then the two codebooks."""
+    device = state["m_indices"].device
+    books = (CODEBOOKS[CODEBOOK_OF[moment]].to(device) for moment in ("m", "v"))
+    return state["m_indices"], state["m_absmax"], state["v_indices"], state["v_absmax"], *books

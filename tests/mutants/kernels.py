@@ -23,8 +23,8 @@ MUTANTS = [
         "store(z, at + labels[row], load(z, at + labels[row]) - scale)", _CROSS_ENTROPY + "test_true_class_gradient_is_formed_in_float32",
     ),
     Mutant(
-        "T27", "the slope of the soft cap is left out (reference)", _LOSS + "reference.py", "            wide *= slope", "            wide *= 1.0",
-        _CROSS_ENTROPY + "test_gradients_in_float64",
+        "T27", "the slope of the soft cap is left out (reference)", _LOSS + "reference.py", "            wide *= slope",
+        "            wide *= 1.0", _CROSS_ENTROPY + "test_gradients_in_float64",
     ),
     Mutant(
         "T27", "the slope of the soft cap is left out (CPU)", _LOSS + "cpu.py", " * (_ONE - t * t) * factor", " * factor",
@@ -44,7 +44,8 @@ MUTANTS = [
     ),
     Mutant(
         "T57", "the normalised row is not rounded before the weight", _NORM + "cpu.py",
-        "                store(y, at + i, load(x, at + i) * r)\n            for i in range(H):\n                store(y, at + i, load(y, at + i) * w[i])",
+        "                store(y, at + i, load(x, at + i) * r)\n            for i in range(H):\n"
+        "                store(y, at + i, load(y, at + i) * w[i])",
         "                store(y, at + i, load(x, at + i) * r * w[i])",
         "tests/kernels/test_kernels_rms_norm.py::test_the_forms_are_those_of_transformers",
     ),
@@ -141,5 +142,19 @@ MUTANTS = [
         "(levels * absmax.reshape(-1).repeat_interleave(blocksize)[:numel]).to(dtype)",
         "levels.to(dtype) * absmax.reshape(-1).repeat_interleave(blocksize)[:numel].to(dtype)",
         _BLOCKWISE + "test_dequantize_equals_look_up_in_numpy",
+    ),
+    Mutant(
+        "T47", "the shorter last block of a moment is scaled by the reciprocal", "halfbyte/kernels/adamw/cpu.py",
+        "if size == BLOCKSIZE else", "if size > 0 else",
+        "tests/kernels/test_kernels_adamw.py::test_int8_state_has_the_bits_of_dequantize_update_quantize",
+    ),
+    Mutant(
+        "T38", "a small second moment is stored as zero", "halfbyte/kernels/adamw/cpu.py", " + np.uint8((index == 0) & (two > _ZERO))", "",
+        "tests/kernels/test_kernels_adamw.py::test_int8_second_moment_above_zero_is_never_stored_as_zero",
+    ),
+    Mutant(
+        "T43", "decay is not decoupled from the gradient's part", "halfbyte/kernels/adamw/cpu.py",
+        "        m[i], v[i] = one, two\n        p[i] = p[i] * decay", "        m[i], v[i] = one, two\n        p[i] = p[i]",
+        "tests/kernels/test_kernels_adamw.py::test_float32_moments_follow_the_float64_reference",
     ),
 ]  # fmt: skip

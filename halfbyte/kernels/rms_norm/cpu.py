@@ -36,7 +36,9 @@ def _norm(x: Any, w: Any, y: Any, rstd: Any, H: int, eps: float, twice: int, fir
                 store(y, at + i, load(x, at + i) * r * w[i])
 
 
-@native("x: T*, residual: T*, summed: T*, w: f32*, y: T*, rstd: f32*, H: i64, eps: f32, twice: i64", T=("bf16", "f32"), fast=True, apart=True)
+@native(
+    "x: T*, residual: T*, summed: T*, w: f32*, y: T*, rstd: f32*, H: i64, eps: f32, twice: i64", T=("bf16", "f32"), fast=True, apart=True
+)
 def _add_norm(
     x: Any, residual: Any, summed: Any, w: Any, y: Any, rstd: Any, H: int, eps: float, twice: int, first: int, last: int
 ) -> None:  # fmt: skip
