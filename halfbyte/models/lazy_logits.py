@@ -94,7 +94,7 @@ def _answer(function: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
     if function in (Tensor.view, Tensor.reshape) and not named and all(isinstance(size, int) for size in args[1:]):
         sizes, vocabulary = args[1:], lazy.shape[-1]
         if len(sizes) == 2 and sizes[1] == vocabulary:
-            return lazy.with_(shape=torch.Size([lazy.numel() // vocabulary, vocabulary]))
+            return lazy.with_(shape=torch.Size([lazy.shape.numel() // vocabulary, vocabulary]))
     if function in (Tensor.mul, Tensor.__mul__, Tensor.div, Tensor.__truediv__, torch.mul, torch.div) and len(args) == 2 and not named:
         return _times(lazy, args[1], function in (Tensor.div, Tensor.__truediv__, torch.div))
     if function in (torch.tanh, Tensor.tanh) and not lazy.bent and lazy.softcap is None:

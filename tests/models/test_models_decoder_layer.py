@@ -265,3 +265,11 @@ def test_tiles_of_the_mlp_give_the_same_gradients(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(block, "TILE", 5)
     for key, gradient in outcome(model, batch("packed"))[2].items():
         close(gradient, kept[key], 1e-5, key)
+
+
+def test_the_loss_of_transformers_makes_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the forward to the loss nobody asks for them."""
+    model = adapted("gemma2").train()
+    make_lazy(model)
+    monkeypatch.setattr(LazyLogits, "made", lambda self: pytest.fail("logits were made"))
+    model(**batch("padded")).loss.backward()
