@@ -1,6 +1,7 @@
 """Compile the Triton kernels for a GPU on a machine that has none: what the ops launch is recorded, compiled and looked at, not run."""
 
 import re
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -25,6 +26,8 @@ class Compiled:
     name: str
     ptx: str
     shared_bytes: int
+    registers: int
+    spilled_bytes: int
 
     def has(self, pattern: str) -> bool:
         return re.search(pattern, self.ptx) is not None
@@ -54,7 +57,19 @@ def compile_launch(
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in fixed.items()}, attributes)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "enable_fp_fusion": not exact})
     assert made.asm["cubin"]
-    return Compiled(kernel.__name__, made.asm["ptx"], made.metadata.shared)
+    registers, spilled = _registers(made.asm["ptx"], capability, exact)
+    return Compiled(kernel.__name__, made.asm["ptx"], made.metadata.shared, registers, spilled)
+
+
+def _registers(ptx: str, capability: int, exact: bool) -> tuple[int, int]:
+    """(registers of a thread, bytes spilled) as the assembler that comes with Triton counts them."""
+    name = f"sm_{capability}a" if capability == 90 else f"sm_{capability}"
+    command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={name}", "-o", "/dev/null", "/dev/stdin"]
+    command += ["--fmad=false"] if exact else []
+    said = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
+    used, stored = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
+    assert used and stored, said
+    return int(used[1]), int(stored[1])
 
 
 def compile_call(monkeypatch: pytest.MonkeyPatch, module: ModuleType, call: Callable[[], object], capability: int = 90) -> list[Compiled]:

@@ -35,7 +35,7 @@ def _zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def _moves_16_bytes(made: list[Compiled]) -> None:
     for kernel in made:
         assert kernel.has(WIDE_READ) and kernel.has(WIDE_WRITE), kernel.name
-        assert not kernel.has(r"\.local\."), f"{kernel.name} spills registers"
+        assert kernel.spilled_bytes == 0, kernel.name
 
 
 def test_dequantize_is_not_fused_and_moves_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ def test_few_rows_read_16_packed_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     for rows in (1, 4):
         call = partial(product.matmul_4bit, _zeros(rows, 4096), PACKED, INDICES, CODEBOOKS["nf4"], 64, (64, 4096), torch.bfloat16, NESTED)
         (made,) = compile_call(monkeypatch, product, call)
-        assert made.has(WIDE_READ) and not made.has(r"\.local\.")
+        assert made.has(WIDE_READ) and made.spilled_bytes == 0
 
 
 def test_rows_are_read_and_written_16_bytes_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
