@@ -9,6 +9,12 @@ LEVELS = ("avx512", "avx2", "plain")
 
 
 @cache
+def short_products() -> bool:
+    """Products of bfloat16 pairs summed in float32 (vdpbf16ps) can be used."""
+    return level() == "avx512" and "+avx512bf16" in native.processor()[1].split(",")
+
+
+@cache
 def level() -> str:
     """One of LEVELS, for this machine or for the processor that NUMBA_CPU_NAME and NUMBA_CPU_FEATURES ask for."""
     name, features = native.processor()

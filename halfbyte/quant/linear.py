@@ -111,9 +111,8 @@ class QuantLinear(nn.Module):
 
     @property
     def _nested(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        if self.absmax2 is None or self.nested_codebook is None or self.offset is None:
-            return None
-        return self.absmax2, self.nested_codebook, self.offset
+        absmax2, codebook, offset = self.absmax2, self.nested_codebook, self.offset
+        return None if absmax2 is None or codebook is None or offset is None else (absmax2, codebook, offset)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """(out, in) the dense weight in `dtype` (default: the dtype it had before)."""
@@ -124,18 +123,20 @@ class QuantLinear(nn.Module):
         arrived = x.dtype
         if torch.is_autocast_enabled(x.device.type):
             arrived = torch.get_autocast_dtype(x.device.type)
-            x = x.to(arrived)
+            with torch.autocast(x.device.type, enabled=False):
+                return self._product(x.to(arrived)).to(arrived)
+        return self._product(x).to(arrived)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """(..., out) in the compute dtype, bias added."""
         if self.compute_dtype is not None and x.is_floating_point():
             x = x.to(self.compute_dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            if self.format == "int8":
-                y = matmul_int8(x, self.weight, self.absmax, self.dtype)
-            else:
-                shape, nested = (self.out_features, self.in_features), self._nested
-                y = matmul_4bit(x, self.weight.view(-1), self.absmax, self.codebook, self.blocksize, shape, self.dtype, nested)
-            if self.bias is not None:
-                y = y + self.bias.to(y.dtype)
-        return y.to(arrived)
+        if self.format == "int8":
+            y = matmul_int8(x, self.weight, self.absmax, self.dtype)
+        else:
+            shape, nested = (self.out_features, self.in_features), self._nested
+            y = matmul_4bit(x, self.weight.view(-1), self.absmax, self.codebook, self.blocksize, shape, self.dtype, nested)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Moves reach every buffer; casts reach only the bias."""

@@ -15,8 +15,8 @@ MUTANTS = [
         "            x = x.to(self.weight.dtype)", _TEST_LINEAR + "test_compute_dtype_is_a_field",
     ),
     Mutant(
-        "T39", "the result takes the dtype of the stored weight", _LINEAR, "        return y.to(arrived)",
-        "        return y.to(self.dtype)", _TEST_LINEAR + "test_forward_dtypes",
+        "T39", "the result takes the dtype of the stored weight", _LINEAR, "        return self._product(x).to(arrived)",
+        "        return self._product(x).to(self.dtype)", _TEST_LINEAR + "test_forward_dtypes",
     ),
     Mutant(
         "T50", "weights that are not finite are taken", _BLOCKWISE, "    if bool(torch.isfinite(absmax).all()):",

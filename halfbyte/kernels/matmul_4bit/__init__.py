@@ -11,6 +11,7 @@ Source: https://arxiv.org/abs/2305.14314 (QLoRA, equation 5)
 Shapes: x (..., I); packed, absmax, codebook, nested as in dequantize_blockwise for the n = O * I elements of `shape` = (O, I) -> (..., O)
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ LIBRARY.define(f"matmul_4bit(Tensor x, {_WEIGHT}) -> Tensor")
 LIBRARY.define(f"matmul_4bit_input_gradient(Tensor dy, {_WEIGHT}) -> Tensor")
 
 
-def check(x: Tensor, shape: list[int] | tuple[int, ...], axis: int = 1) -> None:
+def check(x: Tensor, shape: Sequence[int], axis: int = 1) -> None:
     """Raise ValueError where the activation cannot meet the weight."""
     if not x.is_floating_point():
         raise ValueError(f"activations must be floating point, found {x.dtype}: the dtype of packed bytes is not a compute dtype")
@@ -39,7 +40,7 @@ def check(x: Tensor, shape: list[int] | tuple[int, ...], axis: int = 1) -> None:
 
 
 def _serve(
-    x: Tensor, packed: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, shape: list[int], dtype: torch.dtype,
+    x: Tensor, packed: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, shape: Sequence[int], dtype: torch.dtype,
     absmax2: Tensor | None = None, nested_codebook: Tensor | None = None, offset: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     check(x, shape)
@@ -98,4 +99,7 @@ def matmul_4bit(
     nested: Nested | None = None,
 ) -> Tensor:  # fmt: skip
     """(..., O) of x's dtype; differentiable in x only.  Raises ValueError where x does not fit or is not floating point."""
+    if not torch.is_grad_enabled() and type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling():
+        # decoding: the way through the dispatcher takes a good part of what a small product takes
+        return _serve(x, packed, absmax, codebook, blocksize, shape, dtype, *(nested or ()))
     return torch.ops.halfbyte.matmul_4bit(x, packed, absmax, codebook, blocksize, shape, dtype, *(nested or ()))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from halfbyte.kernels.dequantize_blockwise import dequantize_into
 from halfbyte.kernels.dequantize_blockwise.cpu import SCALES, level_of, scale_arguments, scale_of
+from halfbyte.kernels import instructions
 from halfbyte.kernels.native import native, store
 from halfbyte.kernels.scalars import narrow, widen
 from halfbyte.kernels.scratch import borrowed
@@ -98,6 +99,45 @@ def four_rows() -> Any:
     return kernel
 
 
+@native(f"x: bf16*, {_WEIGHT}, y: T*", T=("bf16",), lazy=True)
+def one_row_short() -> Any:
+    """The same with bfloat16 products; `x` in 64s, even elements first; columns and blocksize are multiples of 64.
+
+    The scale is applied to the sum of a block, so that the table stays as it is: its 16 levels are rounded, not their products with scales.
+    """
+    from halfbyte.kernels.vectors import above4, bytes32, fused, load16, load32, look_up32, pair_products, plus, splat, total, twice_bf16
+
+    def kernel(  # type: ignore[no-untyped-def]
+        x, packed, nested, absmax, codes, absmax2, levels2, offset, codebook, blocksize, columns, outputs, narrowed, y, first, last
+    ):
+        table, zero = twice_bf16(load16(codebook, 0)), splat(np.float32(0))
+        for output in range(first, last):
+            at = output * columns
+            block = at // blocksize
+            i, a, b, k = 0, zero, zero, 0
+            if blocksize == 64:
+                while i + 128 <= columns:
+                    v, w = bytes32(packed, (at + i) >> 1), bytes32(packed, (at + i + 64) >> 1)
+                    even = pair_products(zero, look_up32(table, above4(v)), load32(x, i))
+                    a = fused(pair_products(even, look_up32(table, v), load32(x, i + 32)), splat(scale_of(block + k, nested, absmax, codes, absmax2, levels2, offset)), a)
+                    even = pair_products(zero, look_up32(table, above4(w)), load32(x, i + 64))
+                    b = fused(pair_products(even, look_up32(table, w), load32(x, i + 96)), splat(scale_of(block + k + 1, nested, absmax, codes, absmax2, levels2, offset)), b)
+                    i, k = i + 128, k + 2
+            left = (block + k + 1) * blocksize - at - i
+            while i < columns:
+                end, part = min(columns, i + left), zero
+                while i < end:
+                    v = bytes32(packed, (at + i) >> 1)
+                    part = pair_products(part, look_up32(table, above4(v)), load32(x, i))
+                    part = pair_products(part, look_up32(table, v), load32(x, i + 32))
+                    i += 64
+                a = fused(part, splat(scale_of(block + k, nested, absmax, codes, absmax2, levels2, offset)), a)
+                k, left = k + 1, blocksize
+            store(y, output, total(plus(a, b)))
+
+    return kernel
+
+
 @native(f"x: f32*, rows: i64, {_WEIGHT}, y: T*", T=("bf16", "f32"))
 def any_shape(  # type: ignore[no-untyped-def]
     x, rows, packed, nested, absmax, codes, absmax2, levels2, offset, codebook, blocksize, columns, outputs, narrowed, y, first, last
@@ -153,9 +193,14 @@ def _few(
 ) -> Tensor:  # fmt: skip
     outputs, columns = shape
     kind = x.dtype
+    short = kind == torch.bfloat16 and rows == 1 and columns % 64 == 0 and blocksize % 64 == 0 and instructions.short_products()
     narrowed = int(torch.bfloat16 in (kind, dtype))
     weight = (packed.contiguous(), *scale_arguments(absmax, nested), codebook.contiguous(), blocksize, columns, outputs, narrowed)
-    if columns % 32 or blocksize % 32:
+    if short:
+        y = torch.empty((1, outputs), dtype=kind)
+        apart = x.reshape(columns // 64, 32, 2).transpose(1, 2).contiguous()
+        one_row_short(outputs, apart, *weight, y, work=outputs * columns)
+    elif columns % 32 or blocksize % 32:
         y = torch.empty((rows, outputs), dtype=kind)
         any_shape(outputs, x.float().contiguous(), rows, *weight, y, work=outputs * columns)
     else:
