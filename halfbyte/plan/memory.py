@@ -24,7 +24,7 @@ from halfbyte.quant.storage_cost import WIDTHS, bytes_of, bytes_of_experts
 from halfbyte.shape import ModelShape, Weight
 
 CHUNK_BYTES = 64 << 20  # fp32 logits of one chunk (kernels/linear_cross_entropy)
-UPDATE_CHUNK = 4 << 20  # elements updated at once with 8-bit state (optim/adamw)
+UPDATE_CHUNK = 4 << 20  # elements updated at once with 8-bit state (kernels/adamw/reference.py; its fast kernels need less)
 INT8_BLOCKSIZE, SMALLEST_INT8 = 256, 4096  # optim/state_storage
 MOMENTS = ("head", "layer", "update")
 
@@ -125,22 +125,28 @@ def update_bytes(shape: ModelShape, setting: Setting) -> int:
     return needed
 
 
-def head_bytes(shape: ModelShape, setting: Setting) -> int:
-    """What stands between the last layer and the loss, for N tokens of which M carry a label, width w.
+def _labelled(setting: Setting) -> int:
+    return max(1, round(setting.batch_tokens * setting.trained_share))
 
-    states   w H (3 N + 2 M): input and output of the last norm, labelled rows, and the gradients of both
-    loss     chunks of c rows, 4 c V <= 64 MiB: logits and one temporary in fp32, 8 c V
-             a head that is adapted or packed gives all logits: M V (2 w + 12)
+
+def chunk_bytes(shape: ModelShape, setting: Setting) -> int:
+    """The buffer of logits: w V for each of as many rows as have 64 MiB of logits in fp32; none where the head gives all logits at once."""
+    rows = min(_labelled(setting), max(1, CHUNK_BYTES // (4 * shape.vocab)))
+    return rows * shape.vocab * WIDTHS[setting.dtype] if setting.head_dense else 0
+
+
+def head_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What stands between the last layer and the loss, for N tokens of which M carry a label, width w; the buffer of logits apart.
+
+    states   4 w H N: input and output of the last norm, the gradient and once more scaled; 2 w H M where not all tokens carry a label
     trained  a head that is trained: its gradient in fp32 and once more scaled, 8 V H
+    all      a head that is adapted or packed gives all logits: M V (2 w + 12)
     """
-    n, width = setting.batch_tokens, WIDTHS[setting.dtype]
-    labelled = max(1, round(n * setting.trained_share))
-    states = width * shape.hidden * (3 * n + 2 * labelled)
+    labelled, width = _labelled(setting), WIDTHS[setting.dtype]
+    states = width * shape.hidden * (4 * setting.batch_tokens + (2 * labelled if labelled < setting.batch_tokens else 0))
     if not setting.head_dense:
         return states + labelled * shape.vocab * (2 * width + 12)
-    rows = min(labelled, max(1, CHUNK_BYTES // (4 * shape.vocab)))
-    trained = 8 * shape.vocab * shape.hidden if _head_trains(shape, setting) else 0
-    return states + 8 * rows * shape.vocab + trained
+    return states + (8 * shape.vocab * shape.hidden if _head_trains(shape, setting) else 0)
 
 
 def _head_trains(shape: ModelShape, setting: Setting) -> bool:
@@ -175,7 +181,8 @@ def plan_memory(shape: ModelShape, setting: Setting, program_bytes: int = 0) -> 
         Term("gradients", count * WIDTHS[trained], "always", f"{WIDTHS[trained]} bytes a trained parameter"),
         Term("optimizer", 0 if away else state, "always", _state_text(setting)),
         Term("activations", kept_bytes(shape, setting), "activations", _kept_text(shape, setting)),
-        Term("logits", head_bytes(shape, setting), "head", "last states, and one chunk of logits"),
+        Term("head", head_bytes(shape, setting), "head", "last states and their gradients; that of the head where it is trained"),
+        Term("logits", chunk_bytes(shape, setting), "head" if setting.device == "gpu" else "always", "one chunk of 64 MiB in float32"),
         Term("workspace", workspace_bytes(shape, setting), "layer", "backward of one layer, and its largest matrix in full"),
         Term("update", update_bytes(shape, setting), "update", "temporaries of the optimizer's update"),
         Term("program", program_bytes, "always", "measured: interpreter and libraries before a model is loaded"),

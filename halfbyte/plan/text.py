@@ -8,7 +8,7 @@ from halfbyte.plan.setting import trained_params
 from halfbyte.units import bytes_text, count_text, gib, percent_text, seconds_text
 
 ROWS = (
-    "weights, packed", "weights, dense", "adapters", "gradients", "optimizer", "layer inputs", "activations", "logits", "workspace",
+    "weights, packed", "weights, dense", "adapters", "gradients", "optimizer", "layer inputs", "activations", "head", "logits", "workspace",
     "update", "program",
 )  # fmt: skip
 

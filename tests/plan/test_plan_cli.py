@@ -1,0 +1,125 @@
+"""`halfbyte plan` as a user meets it: without torch, in plain words, as JSON, with wrong input."""
+
+import io
+import json
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halfbyte.cli.main import run
+from tests.plan.test_plan_search import SMALL
+
+ROOT = Path(__file__).resolve().parents[2]
+LARGE = {
+    "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SMALL), encoding="utf-8")
+    return path
+
+
+def _run(*words: object) -> tuple[int, str, str]:
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        code = run(["plan", *map(str, words)])
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_no_torch_is_loaded_and_nothing_is_started(config: Path) -> None:
+    code = (
+        f"import sys\nfrom halfbyte.cli.main import run\n"
+        f"assert run(['plan', {str(config)!r}, '--gpu-memory', '24']) == 0\n"
+        f"assert run(['plan', {str(config)!r}, '--json']) == 0\n"
+        f"assert not [name for name in ('torch', 'transformers', 'numba', 'numpy', 'matplotlib') if name in sys.modules]\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_all_methods_side_by_side(config: Path) -> None:
+    code, text, _ = _run(config, "--gpu", "RTX 3060", "--max-tokens", 512)
+    assert code == 0
+    for words in ("qlora", "lora", "full", "GiB", "weights, packed", "optimizer", "what fits, best first", "not calibrated"):
+        assert words in text
+    assert "rows of 512 tokens" in text
+
+
+def test_the_table_adds_up(config: Path) -> None:
+    _, text, _ = _run(config, "--gpu", "RTX 3060")
+    head, *lines = text.split("\n\n")[1].splitlines()
+    column = head.split().index("lora") - 1
+    values = [line.rsplit(None, 3)[1:] for line in lines]
+    total = next(float(row[1]) for line, row in zip(lines, values) if line.startswith("at the peak"))
+    parts = [row[1] for line, row in zip(lines, values) if not line.startswith("at the peak")][: lines.index(next(
+        line for line in lines if line.startswith("at the peak")))]  # fmt: skip
+    numbers = [0.0 if part == "-" else 0.005 if part == "<0.01" else float(part) for part in parts]
+    assert column > 0 and sum(numbers) == pytest.approx(total, abs=0.005 * len(numbers))
+
+
+def test_json_says_the_same(config: Path) -> None:
+    code, text, _ = _run(config, "--gpu-memory", "24", "--json", "--method", "lora", "--rank", 8)
+    answer: dict[str, Any] = json.loads(text)
+    assert code == 0 and list(answer["methods"]) == ["lora"]
+    lora = answer["methods"]["lora"]
+    assert lora["trained_params"] == 305_280 * 8 and lora["verdict"] == "fits"
+    assert sum(term["bytes"] for term in lora["terms"] if term["at_peak"]) == lora["predicted_bytes"]
+    assert answer["time"] == "not calibrated" and lora["seconds_per_step_estimate"] is None
+    assert answer["settings_that_fit"][0]["policy"] == "keep"
+
+
+def test_what_does_not_fit_is_told_what_to_change(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LARGE), encoding="utf-8")
+    code, text, _ = _run(tmp_path, "--gpu", "A100 80GB")
+    assert code == 0 and "what does not fit" in text and "largest term is weights, dense" in text and "first change: method=qlora" in text
+    code, text, _ = _run(tmp_path, "--gpu-memory", "24", "--method", "qlora")
+    assert "nothing of this fits" in text and "take a card with 48 GB" in text
+
+
+def test_rows_give_the_length_and_the_steps(config: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"prompt": "a" * 90, "completion": "b" * 30}) for _ in range(40)), encoding="utf-8")
+    code, text, _ = _run(config, "--data", rows, "--gpu-memory", "24")
+    assert code == 0 and "rows: 40, the longest of 89 tokens" in text and "estimate" in text and "3 steps of 16 rows" in text
+
+
+def test_a_calibration_of_this_place_gives_time(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path))
+    rates = {"version": 1, "device": "RTX 4090", "date": "2026-11-02", "dtype": "bfloat16", "matmul": 1e14, "attention": 1e14,
+             "unpack": 1e12, "update": 1e10, "overhead": 0.01}  # fmt: skip
+    (tmp_path / "calibration.json").write_text(json.dumps(rates), encoding="utf-8")
+    assert "time (estimate)" in _run(config, "--gpu", "RTX 4090")[1]
+    assert "not calibrated for this place" in _run(config, "--gpu", "RTX 3090")[1]
+    (tmp_path / "calibration.json").write_text("{", encoding="utf-8")
+    code, _, err = _run(config, "--gpu", "RTX 4090")
+    assert code == 3 and err.startswith("error E-ENV-401")
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--gpu", "RTX 9999"], "E-CONF-402"), (["--gpu-memory", "lots"], "E-CONF-401"),
+        (["--gpu", "H100", "--gpu-memory", "8"], "E-CONF-404"),
+        (["--method", "qlroa"], "E-CONF-405"), (["--policy", "none"], "E-CONF-405"), (["--state", "int4"], "E-CONF-405"),
+        (["--rank", "0"], "E-CONF-406"), (["--max-tokens", "1"], "E-CONF-406"), (["--max-tokens", "9000"], "E-CONF-403"),
+        (["--targets", "q_projj"], "E-TARGET-001"), (["--micro-batch-size", "-1"], "E-CONF-406"), (["--data", "nothing.jsonl"], "E-DATA-"),
+    ],
+)  # fmt: skip
+def test_wrong_input_gives_one_block(config: Path, words: list[str], code: str) -> None:
+    status, out, err = _run(config, *words)
+    assert status == 2 and not out and err.startswith(f"error {code}") and "Traceback" not in err and err.count("error ") == 1
+
+
+@pytest.mark.parametrize(("text", "code"), [("{", "E-MODEL-903"), ('{"model_type": "bert"}', "E-UNSUP-901"), ("[]", "E-UNSUP-901")])
+def test_a_config_that_cannot_be_read(tmp_path: Path, text: str, code: str) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    status, _, err = _run(tmp_path / "config.json", "--gpu-memory", "24")
+    assert status in (2, 3) and err.startswith(f"error {code}")
+    assert _run(tmp_path / "other.json")[2].startswith("error E-MODEL-901")
