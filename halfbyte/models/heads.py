@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from halfbyte.data.batches import Batch, model_inputs
 from halfbyte.log import logger
 from halfbyte.models.modes import evaluating
+from halfbyte.models.rows import reads_boundaries
 
 PROBE_TOKENS = 6
 _FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale")
@@ -52,6 +53,20 @@ class Head:
 def hidden_of(model: Any, batch: Batch) -> Tensor:
     """The backbone's last hidden states (B, T, H), differentiable; no logits are made."""
     return model.base_model(**model_inputs(batch)).last_hidden_state
+
+
+def hidden_at(model: Any, batch: Batch, wanted_BT: Tensor) -> Tensor:
+    """The last hidden states (N, H) of the tokens that `wanted_BT` marks, none of them padding.
+
+    Where the model reads boundaries (models/rows.py), the real tokens of all rows go through it end to end and padding is not computed.
+    """
+    mask = batch.attention_mask
+    if mask is None or not reads_boundaries(model) or bool(mask.all()):
+        return hidden_of(model, batch)[wanted_BT]
+    real = mask != 0
+    positions = (real.cumsum(1) - 1)[real][None]
+    states = model.base_model(input_ids=batch.input_ids[real][None], position_ids=positions, use_cache=False).last_hidden_state
+    return states[0][wanted_BT[real]]
 
 
 def logits_of(model: Any, batch: Batch) -> Tensor:

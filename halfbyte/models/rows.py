@@ -101,3 +101,8 @@ def announce(backbone: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, A
         return None
     call["attention_mask"], call["use_cache"] = mask_with(rows), False
     return (), call
+
+
+def reads_boundaries(model: Any) -> bool:
+    """The model's layers take boundaries in the place of a mask."""
+    return any(hook is announce for hook in getattr(model, "base_model", model)._forward_pre_hooks.values())

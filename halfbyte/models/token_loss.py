@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from halfbyte.data.batches import Batch
 from halfbyte.data.tokenize import IGNORED
 from halfbyte.kernels.linear_cross_entropy import linear_cross_entropy
-from halfbyte.models.heads import Head, hidden_of, logits_of
+from halfbyte.models.heads import Head, hidden_at, logits_of
 
 
 def shift(labels_BT: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def token_loss_sum(model: nn.Module, head: Head, batch: Batch) -> tuple[Tensor, 
     labels_N = targets_BT[trained_BT]
     if head.kind == "logits":
         return _summed(logits_of(model, batch)[trained_BT], labels_N), labels_N.numel()
-    hidden_NH = hidden_of(model, batch)[trained_BT]
+    hidden_NH = hidden_at(model, batch, trained_BT)
     loss = linear_cross_entropy(hidden_NH, head.weight, labels_N, bias=head.bias, softcap=head.softcap, scale=head.scale)
     return loss, labels_N.numel()
 

@@ -13,12 +13,16 @@ import transformers
 from torch import Tensor, nn
 
 from halfbyte.config.lora import LoraConfig
+from halfbyte.data.batches import collate
+from halfbyte.data.tokenize import Example
 from halfbyte.kernels.gated_mlp import block
 from halfbyte.lora.inject import inject
 from halfbyte.models.decoder_layer import FusedLayer
+from halfbyte.models.heads import head_of
 from halfbyte.models.lazy_logits import LazyLogits, make_lazy
 from halfbyte.models.recompute import use_policy
 from halfbyte.models.structure import decoder_layers, fuse
+from halfbyte.models.token_loss import token_loss_sum
 from halfbyte.quant.linear import QuantLinear
 from halfbyte.surgery import replace
 
@@ -273,3 +277,17 @@ def test_the_loss_of_transformers_makes_no_logits(monkeypatch: pytest.MonkeyPatc
     make_lazy(model)
     monkeypatch.setattr(LazyLogits, "made", lambda self: pytest.fail("logits were made"))
     model(**batch("padded")).loss.backward()
+
+
+def test_padding_is_not_computed() -> None:
+    """The loss of a padded batch comes from its real tokens alone, and equals the original's."""
+    model = adapted("qwen3").train()
+    items = [Example([5, 6, 7, 8, 9, 10], [-100, -100, 7, 8, 9, 10], 0), Example([11, 12, 13], [-100, 12, 13], 1)]
+    padded = collate(items, pad_id=0)
+    wanted, count = token_loss_sum(model, head_of(model), padded)
+    fuse(model)
+    seen: list[int] = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[0] * inputs[0].shape[1]))
+    found, same = token_loss_sum(model, head_of(model), padded)
+    assert seen[-1] == 9 and count == same
+    close(found, wanted, 1e-5, "loss")
