@@ -24,7 +24,8 @@ def _head(given: Answer) -> str:
     shape, hardware = question.shape, question.hardware
     lines = [
         f"{question.name}: {shape.model_type}, {count_text(shape.total_params)} parameters, {shape.layers} layers, width {shape.hidden:,}",
-        f"on {hardware.name}: {bytes_text(hardware.memory_bytes)}, of which a plan may be wrong by {percent_text(hardware.margin)}",
+        f"on {hardware.name}: {bytes_text(hardware.memory_bytes)}; a setting fits with {percent_text(hardware.margin)} to spare,"
+        " the margin of error of a plan",
     ]
     if question.rows is not None:
         rows = question.rows
@@ -32,7 +33,7 @@ def _head(given: Answer) -> str:
             f"rows: {len(rows.tokens):,}, the longest of {rows.longest:,} tokens, {count_text(sum(rows.tokens))} tokens in all"
             f" (estimate, by {rows.how})"
         )
-    lines.append(f"rows of {question.base.tokens:,} tokens; a better setting comes first, what you fixed stays")
+    lines.append(f"planned for rows of {question.base.tokens:,} tokens and adapters of rank {question.base.rank}")
     if not own_layers(shape):
         lines.append("this family keeps transformers' own layers: its activations are an estimate on the high side")
     return "\n".join(lines)

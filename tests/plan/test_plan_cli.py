@@ -49,7 +49,7 @@ def test_all_methods_side_by_side(config: Path) -> None:
     assert code == 0
     for words in ("qlora", "lora", "full", "GiB", "weights, packed", "optimizer", "what fits, best first", "not calibrated"):
         assert words in text
-    assert "rows of 512 tokens" in text
+    assert "planned for rows of 512 tokens" in text
 
 
 def test_the_table_adds_up(config: Path) -> None:
