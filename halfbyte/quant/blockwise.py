@@ -4,13 +4,17 @@ nf4, fp4   blocks over the row-major flattening, two indices per byte, one fp32 
            scales less their mean are themselves quantized to 8 bits in blocks of 256
 int8       the row format of LLM.int8(): w (O, I) -> round(w * 127 / rowmax), rowmax (O,)
 
-A tensor is worked through in row blocks, so that the temporaries stay under 32 MiB whatever its size.
+The kernels need no temporaries; the reference works through a tensor in row blocks, so that its own stay under 32 MiB.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from halfbyte.errors import WeightError
+from halfbyte.kernels import listing
 from halfbyte.kernels.dequantize_blockwise import dequantize_blockwise, dequantize_into
 from halfbyte.kernels.quantize_blockwise import quantize_blockwise
 from halfbyte.quant.codebooks import CODEBOOKS
@@ -40,12 +44,39 @@ def quantize(
         raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, found {blocksize}")
     flat = weight.contiguous().reshape(-1)
     codebook = CODEBOOKS[format].to(weight.device)
-    parts = [quantize_blockwise(piece, codebook, blocksize) for piece in flat.split(PIECE)]
-    packed = torch.cat([part for part, _ in parts]) if len(parts) > 1 else parts[0][0]
-    absmax = torch.cat([part for _, part in parts]) if len(parts) > 1 else parts[0][1]
+    packed, absmax = _in_row_blocks(flat, codebook, blocksize)
     _refuse_non_finite(absmax, weight, name)
     stored_absmax, nested = _nest(absmax) if double_quant else (absmax, None)
     return packed, QuantState(format, codebook.clone(), stored_absmax, blocksize, tuple(weight.shape), weight.dtype, nested)
+
+
+def quantize_stack(
+    weights: Tensor, format: str, blocksize: int = 64, double_quant: bool = True, names: Sequence[str] = ()
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(packed (E, bytes), absmax (E, N), absmax2 (E, M), offset (E,)) of E weights in one tensor, the bytes of `quantize` on each.
+
+    A weight must be whole blocks.  The last two are None without double quantization.  Raises as `quantize` does, naming the weight.
+    """
+    count, size = weights.shape[0], weights[0].numel()
+    if size % blocksize:
+        raise ValueError(f"each weight must be whole blocks of {blocksize}, found {size} elements")
+    packed, absmax = _in_row_blocks(weights.detach().contiguous().reshape(-1), CODEBOOKS[format].to(weights.device), blocksize)
+    packed, absmax = packed.view(count, -1), absmax.view(count, -1)
+    if not _all_finite(absmax):
+        for one, weight, name in zip(absmax, weights, names, strict=True):
+            _refuse_non_finite(one, weight, name)
+    if not double_quant:
+        return packed, absmax, None, None
+    indices, nested = zip(*(_nest(one) for one in absmax), strict=True)
+    return packed, torch.stack(indices), torch.stack([one.absmax2 for one in nested]), torch.stack([one.offset for one in nested])
+
+
+def _in_row_blocks(flat: Tensor, codebook: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """quantize_blockwise in pieces where it is the reference that serves, which widens what it is given."""
+    if flat.numel() <= PIECE or listing.chosen("quantize_blockwise", flat.device.type) != "reference":
+        return quantize_blockwise(flat, codebook, blocksize)
+    parts = [quantize_blockwise(piece, codebook, blocksize) for piece in flat.split(PIECE)]
+    return torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
 
 
 def dequantize(stored: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
@@ -103,9 +134,14 @@ def _quantize_rows(weight: Tensor, name: str) -> tuple[Tensor, QuantState]:
     return stored, QuantState("int8", empty, absmax, columns, (rows, columns), weight.dtype)
 
 
+def _all_finite(absmax: Tensor) -> bool:
+    """One pass and no copy: the largest is NaN where any is."""
+    return math.isfinite(absmax.amax().item())
+
+
 def _refuse_non_finite(absmax: Tensor, weight: Tensor, name: str) -> None:
     """A scale is finite exactly when all elements of its block are."""
-    if bool(torch.isfinite(absmax).all()):
+    if _all_finite(absmax):
         return
     count = sum(int((~torch.isfinite(part)).sum()) for part in weight.reshape(-1).split(PIECE))
     what = f"{count} of {weight.numel()} elements are NaN or infinite" if count else "values beyond float16's range (65504)"

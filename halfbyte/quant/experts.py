@@ -173,13 +173,18 @@ class QuantExperts(nn.Module):
     def parts(self, name: str, fused: Tensor, place: str = "") -> dict[str, Tensor]:
         """Buffer name -> value for a fused tensor as stored in the stock module, (E, O, I) or (E, I, O)."""
         count, rows, columns = self.shapes[name]
+        places = [f"{place} expert {expert}" for expert in range(count)]
+        if self.format != "int8" and not self.is_transposed and rows * columns % self.blocksize == 0:
+            values = blockwise.quantize_stack(fused, self.format, self.blocksize, self.double_quant, places)
+            parts = ("", "_absmax", "_absmax2", "_offset")
+            return {name + part: value for part, value in zip(parts, values, strict=True) if value is not None}
         made = {
             name + part: torch.empty((count, *shape), dtype=kind, device=fused.device)
             for part, (shape, kind) in self._sizes(rows, columns).items()
         }
         for expert in range(count):
             weight = fused[expert].T if self.is_transposed else fused[expert]
-            stored, state = blockwise.quantize(weight, self.format, self.blocksize, self.double_quant, f"{place} expert {expert}")
+            stored, state = blockwise.quantize(weight, self.format, self.blocksize, self.double_quant, places[expert])
             made[name][expert], made[name + "_absmax"][expert] = stored, state.absmax
             if state.nested is not None:
                 made[name + "_absmax2"][expert], made[name + "_offset"][expert] = state.nested.absmax2, state.nested.offset

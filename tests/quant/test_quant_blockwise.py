@@ -53,6 +53,7 @@ def test_row_blocks_give_the_bytes_of_the_whole(format: str, dtype: torch.dtype,
     weight = torch.randn(130, 67).to(dtype)
     whole = blockwise.quantize(weight, format)
     monkeypatch.setattr(blockwise, "PIECE", 4096)
+    monkeypatch.setenv("HALFBYTE_KERNELS", "reference")  # which is given the tensor in pieces
     assert _same(blockwise.quantize(weight, format), whole)
 
 
@@ -128,3 +129,21 @@ def test_wrong_settings_are_refused() -> None:
         blockwise.quantize(torch.randn(64), "int8")
     with pytest.raises(WeightError, match="empty"):
         blockwise.quantize(torch.empty(0, 4))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("double_quant", (False, True))
+def test_a_stack_has_the_bytes_of_its_weights(dtype: torch.dtype, double_quant: bool) -> None:
+    weights = torch.randn(3, 40, 64).to(dtype)
+    packed, absmax, absmax2, offset = blockwise.quantize_stack(weights, "nf4", 64, double_quant)
+    for expert in range(3):
+        want, state = blockwise.quantize(weights[expert], "nf4", 64, double_quant)
+        assert same_bits(packed[expert], want) and same_bits(absmax[expert], state.absmax)
+        assert (state.nested is None) is (absmax2 is None) is (offset is None)
+        if state.nested is not None and absmax2 is not None and offset is not None:
+            assert same_bits(absmax2[expert], state.nested.absmax2) and same_bits(offset[expert], state.nested.offset)
+    weights[1, 3, 5] = torch.inf
+    with pytest.raises(WeightError, match="tensor b"):
+        blockwise.quantize_stack(weights, "nf4", 64, double_quant, ["a", "b", "c"])
+    with pytest.raises(ValueError, match="whole blocks"):
+        blockwise.quantize_stack(weights[:, :, :63], "nf4", 128)

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from halfbyte.kernels import instructions
 from halfbyte.kernels.dequantize_blockwise import dequantize_into
 from halfbyte.kernels.dequantize_blockwise.cpu import SCALES, level_of, scale_arguments, scale_of
-from halfbyte.kernels import instructions
 from halfbyte.kernels.native import native, store
 from halfbyte.kernels.scalars import narrow, widen
 from halfbyte.kernels.scratch import borrowed
@@ -111,6 +111,7 @@ def one_row_short() -> Any:
         x, packed, nested, absmax, codes, absmax2, levels2, offset, codebook, blocksize, columns, outputs, narrowed, y, first, last
     ):
         table, zero = twice_bf16(load16(codebook, 0)), splat(np.float32(0))
+        scales = (nested, absmax, codes, absmax2, levels2, offset)
         for output in range(first, last):
             at = output * columns
             block = at // blocksize
@@ -119,9 +120,9 @@ def one_row_short() -> Any:
                 while i + 128 <= columns:
                     v, w = bytes32(packed, (at + i) >> 1), bytes32(packed, (at + i + 64) >> 1)
                     even = pair_products(zero, look_up32(table, above4(v)), load32(x, i))
-                    a = fused(pair_products(even, look_up32(table, v), load32(x, i + 32)), splat(scale_of(block + k, nested, absmax, codes, absmax2, levels2, offset)), a)
+                    a = fused(pair_products(even, look_up32(table, v), load32(x, i + 32)), splat(scale_of(block + k, *scales)), a)
                     even = pair_products(zero, look_up32(table, above4(w)), load32(x, i + 64))
-                    b = fused(pair_products(even, look_up32(table, w), load32(x, i + 96)), splat(scale_of(block + k + 1, nested, absmax, codes, absmax2, levels2, offset)), b)
+                    b = fused(pair_products(even, look_up32(table, w), load32(x, i + 96)), splat(scale_of(block + k + 1, *scales)), b)
                     i, k = i + 128, k + 2
             left = (block + k + 1) * blocksize - at - i
             while i < columns:
@@ -131,7 +132,7 @@ def one_row_short() -> Any:
                     part = pair_products(part, look_up32(table, above4(v)), load32(x, i))
                     part = pair_products(part, look_up32(table, v), load32(x, i + 32))
                     i += 64
-                a = fused(part, splat(scale_of(block + k, nested, absmax, codes, absmax2, levels2, offset)), a)
+                a = fused(part, splat(scale_of(block + k, *scales)), a)
                 k, left = k + 1, blocksize
             store(y, output, total(plus(a, b)))
 
