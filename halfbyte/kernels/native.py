@@ -320,7 +320,7 @@ _kept: list[Any] = []
 _lock = threading.Lock()
 
 
-def _load_object(name: str, compile: Callable[[], str]) -> tuple[int, Any]:
+def _load_object(name: str, assembly: Callable[[], str]) -> tuple[int, Any]:
     """(address of `share`, callable `range`) of a kernel, from the cache folder or compiled now."""
     with _lock:
         binding, machine = _engine()
@@ -328,7 +328,7 @@ def _load_object(name: str, compile: Callable[[], str]) -> tuple[int, Any]:
         path = None if folder is None else folder / f"{name}.o"
         code = _read(path)
         if code is None:
-            module = binding.parse_assembly(compile())
+            module = binding.parse_assembly(assembly())
             module.verify()
             code = machine.emit_object(module)
             _write(path, code)
