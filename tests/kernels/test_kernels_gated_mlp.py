@@ -56,7 +56,7 @@ def test_the_whole_range_of_float32(act: str) -> None:
 def test_the_polynomial_of_the_normal_distribution_is_close_in_relative_terms() -> None:
     """Down to where float32 has no small numbers left, as exactly as e^(-g^2/2) is known."""
     gate = torch.linspace(-12, -0.01, 5001)
-    got = gated_act(gate, torch.ones_like(gate), "gelu").double() / gate.double()
+    got = cpu.gated_act(gate, torch.ones_like(gate), "gelu").double() / gate.double()
     want = torch.tensor([math.erfc(-value / math.sqrt(2)) / 2 for value in gate.tolist()], dtype=torch.float64)
     assert float((got / want - 1).abs().max()) < 1e-5
     assert float((got / want - 1).abs()[gate > -3].max()) < 1e-6
@@ -87,11 +87,11 @@ def test_halves_of_one_projection_and_turned_tensors(act: str, dtype: torch.dtyp
     for gate, up in (whole.chunk(2, dim=-1) for whole in wholes):
         grad = dh.reshape(-1)[: gate.numel()].view(gate.shape)
         copies = gate.clone(memory_format=torch.contiguous_format), up.clone(memory_format=torch.contiguous_format)
-        assert torch.equal(gated_act(gate, up, act), gated_act(*copies, act))
-        for got, want in zip(gated_act_backward(grad, gate, up, act), gated_act_backward(grad.clone(), *copies, act)):
+        assert torch.equal(cpu.gated_act(gate, up, act), cpu.gated_act(*copies, act))
+        for got, want in zip(cpu.gated_act_backward(grad, gate, up, act), cpu.gated_act_backward(grad.clone(), *copies, act)):
             assert torch.equal(got, want)
     row = torch.randn(1, 20).to(dtype).expand(5, 20)
-    assert torch.equal(gated_act_backward(row, row, row, act)[1], gated_act_backward(*[row.contiguous()] * 3, act)[1])
+    assert torch.equal(cpu.gated_act_backward(row, row, row, act)[1], cpu.gated_act_backward(*[row.contiguous()] * 3, act)[1])
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))

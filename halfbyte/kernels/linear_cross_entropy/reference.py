@@ -22,6 +22,7 @@ def cross_entropy_(z: Tensor, labels: Tensor, softcap: float | None, scale: floa
         wide.div_(softcap).tanh_()
         slope = 1 - wide * wide
         wide *= softcap
+    wide -= wide.amax(dim=1, keepdim=True) if wide.numel() else 0  # a certain row's loss is smaller than the last place of its logits
     true = wide.gather(1, labels[:, None])
     log_total = torch.logsumexp(wide, dim=1, keepdim=True)
     loss = (log_total - true).sum()
