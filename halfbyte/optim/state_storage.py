@@ -38,8 +38,8 @@ def is_int8(state: dict[str, Tensor]) -> bool:
     return "m_indices" in state
 
 
-def int8_moments(state: dict[str, Tensor]) -> tuple[Tensor, ...]:
+def int8_moments(state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Both 8-bit moments as `kernels.adamw.adamw_int8_` takes them: indices and scales of m, of v, then the two codebooks."""
     device = state["m_indices"].device
-    books = (CODEBOOKS[CODEBOOK_OF[moment]].to(device) for moment in ("m", "v"))
-    return state["m_indices"], state["m_absmax"], state["v_indices"], state["v_absmax"], *books
+    first, second = (CODEBOOKS[CODEBOOK_OF[moment]].to(device) for moment in ("m", "v"))
+    return state["m_indices"], state["m_absmax"], state["v_indices"], state["v_absmax"], first, second
