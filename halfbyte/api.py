@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from halfbyte import devices
 from halfbyte.adapters import folder as adapter_folder
 from halfbyte.config import LoraConfig, RunConfig, load_config, make
 from halfbyte.errors import ConfigError
@@ -79,16 +78,13 @@ def inject(model: nn.Module, *, seed: int = 0, **settings: Any) -> Injected:
     """Put LoRA layers into a model, in place, and freeze the rest; settings are those of the `lora` group (docs/config.md).
 
     The decoder layers are exchanged for faster ones with the same names and results where their structure is known, and in training the
-    output layer makes logits only when they are looked at (models/structure.py, models/lazy_logits.py).  On a CPU this process keeps freed
-    memory from now on (devices.keep_freed_memory).
+    output layer makes logits only when they are looked at (models/structure.py, models/lazy_logits.py).
     Raises ConfigError for a setting, TargetError for a target that matches nothing.
     """
     return _made_fast(model, injection.inject(model, make(LoraConfig, settings, "lora"), seed=seed))
 
 
 def _made_fast(model: nn.Module, injected: Injected) -> Injected:
-    if all(parameter.device.type == "cpu" for parameter in model.parameters()):
-        devices.keep_freed_memory()
     fuse(model)
     make_lazy(model)
     return injected

@@ -181,17 +181,38 @@ def set_threads(count: int) -> None:
     torch.set_num_threads(max(1, count))
 
 
-def keep_freed_memory() -> bool:
-    """Let glibc keep what is freed for the next use, in this process from now on; False where there is no glibc.
+class FreedMemory:
+    """Let glibc keep what this process frees for the next use, within a bound; nothing happens where there is no glibc.
 
     By default large blocks go back to the system at once and come again page by page, each page cleared by the kernel: a warm training step
-    spent up to a quarter of its time in such faults.  Source: https://man7.org/linux/man-pages/man3/mallopt.3.html
+    spent up to a quarter of its time in such faults.  Kept without a bound they pile up instead, for an aligned block seldom fits where
+    its like has been; so `bound`, called after each step, gives everything free back once the process is GROWTH times what it was after
+    the first step since the last time.
+    Source: https://man7.org/linux/man-pages/man3/mallopt.3.html
     """
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
-        return False
-    library = ctypes.CDLL(None)
-    trim_threshold, top_pad, mmap_max = -1, -2, -4
-    return all(library.mallopt(*setting) == 1 for setting in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 16 << 20)))
+
+    GROWTH = 1.25
+
+    def __init__(self) -> None:
+        self.usual = 0
+        glibc = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+        self.library = ctypes.CDLL(None) if glibc else None
+        if self.library is not None:
+            trim_threshold, top_pad, mmap_max = -1, -2, -4
+            for setting in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 16 << 20)):
+                self.library.mallopt(*setting)
+
+    def bound(self) -> bool:
+        """Give back what is free if there is too much of it; True when it was done."""
+        if self.library is None:
+            return False
+        now = rss_anon_bytes()
+        self.usual = self.usual or now
+        if now <= self.GROWTH * self.usual:
+            return False
+        self.library.malloc_trim(0)
+        self.usual = 0
+        return True
 
 
 def versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import platform
 import subprocess
 import sys
 
@@ -52,21 +53,33 @@ def test_memory_figures_need_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_freed_memory_is_kept() -> None:
-    """A loop that frees all it took faults on few pages when it takes the same again; in a process of its own, for the setting stays."""
-    program = (
-        "import resource, sys, torch; from halfbyte import devices\n"
-        "kept = devices.keep_freed_memory() if sys.argv[1] == 'keep' else True\n"
-        "def faults():\n"
-        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt; blocks = [torch.empty(n << 18).fill_(1) for n in range(1, 41)]\n"
+def freed_memory(program: str) -> list[float]:
+    """What a program printed that counts page faults, in a process of its own, for the setting stays."""
+    begin = (
+        "import resource, torch; from halfbyte import devices\n"
+        "def faults(sizes):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt; blocks = [torch.empty(int(n * 2**18)).fill_(1) for n in sizes]\n"
         "    del blocks; return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "first = faults(); print(kept, first, min(faults() for _ in range(3)))"
     )
-    seen = {}
-    for way in ("keep", "leave"):
-        ran = subprocess.run([sys.executable, "-c", program, way], capture_output=True, text=True, check=True)
-        kept, first, later = ran.stdout.split()
-        if kept == "False":
-            pytest.skip("no glibc")
-        seen[way] = int(later) / int(first)
-    assert seen["keep"] < 0.1 < seen["leave"], seen
+    ran = subprocess.run([sys.executable, "-c", begin + program], capture_output=True, text=True, check=True)
+    return [float(word) for word in ran.stdout.split()]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other allocators")
+def test_freed_memory_is_kept() -> None:
+    """A loop that frees all it took faults on few pages when it takes the same again."""
+    loop = "sizes = range(1, 41); first = faults(sizes); print(min(faults(sizes) for _ in range(3)) / first)"
+    assert freed_memory("devices.FreedMemory()\n" + loop)[0] < 0.1 < freed_memory(loop)[0]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other allocators")
+def test_kept_memory_is_bounded() -> None:
+    """Blocks of ever other sizes leave holes; the process does not grow with them."""
+    loop = (
+        "import random; random.seed(0); freed = devices.FreedMemory(); seen = []; held = []\n"
+        "for step in range(40):\n"
+        "    faults([random.uniform(8, 24) for _ in range(8)]); held.append(torch.empty(3000).fill_(1)); freed.bound()\n"
+        "    seen.append(devices.rss_anon_bytes())\n"
+        "print(max(seen) / seen[0])"
+    )
+    assert freed_memory(loop)[0] < 1.6
