@@ -21,6 +21,7 @@ CASES = {
     "several blocks of queries and keys": ([0, 5, 430], 2, 1, 64, 0, 0.0),
     "odd head width": ([0, 29, 250], 4, 2, 20, 0, 0.0),
     "wide heads, none shared": ([0, 60, 130], 2, 2, 128, 0, 0.0),
+    "heads wider than a block": ([0, 50, 150], 2, 1, 200, 0, 0.0),
     "many heads share keys": ([0, 70, 120], 12, 2, 32, 0, 0.0),
     "window of one": ([0, 40], 2, 1, 16, 1, 0.0),
     "window over blocks": ([0, 13, 420], 2, 1, 48, 150, 0.0),

@@ -36,7 +36,7 @@ MUTANTS = [
         "store(o, target + c, scratch[source + c] * inverse if total > 0 else np.float32(0))", _TEST + "test_nan_comes_through",
     ),
     Mutant(
-        "T51", "queries are read as if their rows lay side by side", _FORWARD, "rows_of(q, q0 * q_apart + (head0 + h) * dim, q_apart,",
-        "rows_of(q, q0 * heads * dim + (head0 + h) * dim, heads * dim,", _TEST + "test_slices_of_a_fused_projection_are_read_in_place",
+        "T51", "queries are read as if their rows lay side by side", _FORWARD, "block_of(q, q0 * q_apart + (head0 + h) * dim, q_apart,",
+        "block_of(q, q0 * heads * dim + (head0 + h) * dim, heads * dim,", _TEST + "test_slices_of_a_fused_projection_are_read_in_place",
     ),
 ]  # fmt: skip

@@ -14,9 +14,9 @@ from typing import Any, no_type_check
 
 import numpy as np
 
-from halfbyte.kernels.native import load, native, store
+from halfbyte.kernels.native import native, store
 from halfbyte.kernels.packed_attention.layout import COLUMNS, QUERIES, ROWS, SCORES, WIDTH
-from halfbyte.kernels.packed_attention.packing import columns_of, rows_of, wide_rows_of
+from halfbyte.kernels.packed_attention.packing import block_of, wide_rows_of
 
 ARGUMENTS = (
     "do: T*, q: T*, k: T*, v: T*, o: T*, lse: f32*, dq: T*, dk: T*, dv: T*, partial: f32*, items: i32*, counter: i64*, scratch: f32*,"
@@ -33,12 +33,13 @@ def padded(longest: int) -> int:
 def room(longest: int, dim: int) -> int:
     """float32 numbers that one thread needs for segments of up to `longest` tokens."""
     wide = -(-dim // COLUMNS) * COLUMNS
-    return padded(longest) * (2 * dim + 3 * wide) + QUERIES * (2 * dim + 3 * wide + 1) + 2 * QUERIES * SCORES
+    deep = -(-dim // SCORES) * SCORES
+    return padded(longest) * 5 * wide + QUERIES * (2 * deep + wide + 1) + 2 * QUERIES * SCORES
 
 
-@native(ARGUMENTS, T=("bf16", "f32"), lazy=True)
+@native(ARGUMENTS, T=("bf16", "f32"), lazy=True, apart=True)
 def backward() -> Callable[..., Any]:
-    from halfbyte.kernels.packed_attention.vectors import multiply_across, multiply_scores, row_cap, row_grad, take
+    from halfbyte.kernels.packed_attention.vectors import multiply_columns, multiply_rows, row_cap, row_dot, row_grad, take, transpose
 
     @no_type_check
     def kernel(
@@ -46,19 +47,18 @@ def backward() -> Callable[..., Any]:
         v_apart, heads, group, dim, window, scale, softcap, split, first, last,
     ):  # fmt: skip
         wide = (dim + COLUMNS - 1) // COLUMNS * COLUMNS
+        deep = (dim + SCORES - 1) // SCORES * SCORES
         held = (longest + QUERIES - 1) // QUERIES * QUERIES
         inverse_cap = np.float32(1) / softcap if softcap > 0 else np.float32(0)
         for slot in range(first, last):
             at_kt = slot * room
-            at_vt = at_kt + held * dim
-            at_k = at_vt + held * dim
+            at_vt = at_kt + held * wide
+            at_k = at_vt + held * wide
             at_dk = at_k + held * wide
             at_dv = at_dk + held * wide
-            at_qt = at_dv + held * wide
-            at_dot = at_qt + QUERIES * dim
-            at_q = at_dot + QUERIES * dim
-            at_do = at_q + QUERIES * wide
-            at_dq = at_do + QUERIES * wide
+            at_q = at_dv + held * wide
+            at_do = at_q + QUERIES * deep
+            at_dq = at_do + QUERIES * deep
             at_delta = at_dq + QUERIES * wide
             at_s = at_delta + QUERIES
             at_d = at_s + QUERIES * SCORES
@@ -67,9 +67,14 @@ def backward() -> Callable[..., Any]:
                 begin, end = np.int64(items[5 * item]), np.int64(items[5 * item + 2])
                 head0, many = np.int64(items[5 * item + 3]), np.int64(items[5 * item + 4])
                 shared = head0 // group * dim
-                columns_of(k, begin * k_apart + shared, k_apart, end - begin, dim, scratch, at_kt)
-                columns_of(v, begin * v_apart + shared, v_apart, end - begin, dim, scratch, at_vt)
-                wide_rows_of(k, begin * k_apart + shared, k_apart, end - begin, dim, wide, np.float32(1), scratch, at_k)
+                # values lie in the room of dk until they are transposed
+                wide_rows_of(k, begin * k_apart + shared, k_apart, end - begin, dim, wide, scratch, at_k)
+                wide_rows_of(v, begin * v_apart + shared, v_apart, end - begin, dim, wide, scratch, at_dk)
+                for row in range(0, end - begin, WIDTH):
+                    panel = row // COLUMNS * wide * COLUMNS + row % COLUMNS
+                    for d in range(0, dim, WIDTH):
+                        transpose(scratch, at_k + row * wide + d, wide, at_kt + panel + d * COLUMNS, COLUMNS)
+                        transpose(scratch, at_dk + row * wide + d, wide, at_vt + panel + d * COLUMNS, COLUMNS)
                 for i in range((end - begin + ROWS - 1) // ROWS * ROWS * wide):
                     scratch[at_dk + i] = np.float32(0)
                     scratch[at_dv + i] = np.float32(0)
@@ -78,14 +83,18 @@ def backward() -> Callable[..., Any]:
                         q1 = min(q0 + QUERIES, end)
                         rows = q1 - q0
                         tiles = (rows + ROWS - 1) // ROWS
-                        rows_of(q, q0 * q_apart + head * dim, q_apart, rows, dim, scale, scratch, at_qt)
-                        wide_rows_of(q, q0 * q_apart + head * dim, q_apart, rows, dim, wide, scale, scratch, at_q)
-                        rows_of(do, q0 * do_apart + head * dim, do_apart, rows, dim, np.float32(1), scratch, at_dot)
-                        wide_rows_of(do, q0 * do_apart + head * dim, do_apart, rows, dim, wide, np.float32(1), scratch, at_do)
+                        block_of(q, q0 * q_apart + head * dim, q_apart, rows, dim, scale, scratch, at_q)
+                        block_of(do, q0 * do_apart + head * dim, do_apart, rows, dim, np.float32(1), scratch, at_do)
+                        # the output lies in the room of dq until delta is known
+                        wide_rows_of(o, (q0 * heads + head) * dim, heads * dim, rows, dim, wide, scratch, at_dq)
                         for row in range(rows):
                             delta = np.float32(0)
-                            for d in range(dim):
-                                delta += scratch[at_do + row * wide + d] * load(o, ((q0 + row) * heads + head) * dim + d)
+                            for d in range(0, dim, SCORES):
+                                width = min(SCORES, dim - d)
+                                here, there = at_do + d * QUERIES + row * SCORES, at_dq + row * wide + d
+                                delta += row_dot(scratch, here, there, width // WIDTH)
+                                for c in range(width // WIDTH * WIDTH, width):
+                                    delta += scratch[here + c] * scratch[there + c]
                             scratch[at_delta + row] = delta
                         low_key = max(begin, q0 - window + 1) if window > 0 else begin
                         key = begin + (low_key - begin) // SCORES * SCORES
@@ -101,13 +110,11 @@ def backward() -> Callable[..., Any]:
                                 high = min(keys, stop - key)
                                 for panel in range(low // COLUMNS, (high + COLUMNS - 1) // COLUMNS):
                                     place = tile * ROWS * SCORES + panel * COLUMNS
-                                    column = (at + panel * COLUMNS) * dim
-                                    multiply_across(
-                                        scratch, at_qt + tile * ROWS * dim, ROWS, at_kt + column, COLUMNS, at_s + place, SCORES, dim, 0
-                                    )
-                                    multiply_across(
-                                        scratch, at_dot + tile * ROWS * dim, ROWS, at_vt + column, COLUMNS, at_d + place, SCORES, dim, 0
-                                    )
+                                    for d in range(0, dim, SCORES):
+                                        row, column = d * QUERIES + tile * ROWS * SCORES, ((at + panel * COLUMNS) * wide) + d * COLUMNS
+                                        depth = min(SCORES, dim - d)
+                                        multiply_rows(scratch, at_q + row, 1, at_kt + column, COLUMNS, at_s + place, SCORES, depth, d)
+                                        multiply_rows(scratch, at_do + row, 1, at_vt + column, COLUMNS, at_d + place, SCORES, depth, d)
                                 for token in range(start, stop):
                                     row = token - q0
                                     left = max(0, token - window + 1 - key) if window > 0 else 0
@@ -130,7 +137,7 @@ def backward() -> Callable[..., Any]:
                                         scratch[scores + c] = np.float32(0)
                                         scratch[slopes + c] = np.float32(0)
                                 for panel in range(wide // COLUMNS):
-                                    multiply_scores(
+                                    multiply_rows(
                                         scratch, at_d + tile * ROWS * SCORES + low, 1, at_k + (at + low) * wide + panel * COLUMNS, wide,
                                         at_dq + tile * ROWS * wide + panel * COLUMNS, wide, high - low, keep,
                                     )  # fmt: skip
@@ -140,13 +147,13 @@ def backward() -> Callable[..., Any]:
                                 high = min(rows, key + column + ROWS - 1 + window - q0) if window > 0 else rows
                                 for panel in range(wide // COLUMNS):
                                     target = (at + column) * wide + panel * COLUMNS
-                                    source = low * wide + panel * COLUMNS
-                                    multiply_across(
-                                        scratch, at_s + low * SCORES + column, SCORES, at_do + source, wide, at_dv + target, wide,
+                                    source = panel * COLUMNS // SCORES * QUERIES * SCORES + low * SCORES + panel * COLUMNS % SCORES
+                                    multiply_columns(
+                                        scratch, at_s + low * SCORES + column, SCORES, at_do + source, SCORES, at_dv + target, wide,
                                         high - low, 1,
                                     )  # fmt: skip
-                                    multiply_across(
-                                        scratch, at_d + low * SCORES + column, SCORES, at_q + source, wide, at_dk + target, wide,
+                                    multiply_columns(
+                                        scratch, at_d + low * SCORES + column, SCORES, at_q + source, SCORES, at_dk + target, wide,
                                         high - low, 1,
                                     )  # fmt: skip
                             keep = 1

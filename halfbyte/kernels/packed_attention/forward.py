@@ -3,8 +3,8 @@
     per block of keys:   s = q k^T,   m' = max(m, rowmax s),   p = exp(s - m'),   l = l e^(m - m') + rowsum p,   o = o e^(m - m') + p v
     at the end:          o / l,   lse = m + ln l
 
-Keys are laid down column by column (`COLUMNS` keys beside each other), queries row by row (`ROWS` beside each other), all in float32,
-so that the product reads both in order.  Register blocks above the diagonal, or left of the window, are not computed.
+All is widened to float32 once.  Keys are laid down transposed, `COLUMNS` of them beside each other, so that the product reads them in
+order.  Register blocks above the diagonal, or left of the window, are not computed.
 
 Source: https://arxiv.org/abs/2205.14135 (FlashAttention), https://arxiv.org/abs/1805.02867 (running softmax)
 """
@@ -17,7 +17,7 @@ import numpy as np
 
 from halfbyte.kernels.native import native, store
 from halfbyte.kernels.packed_attention.layout import COLUMNS, QUERIES, ROWS, SCORES, WIDTH
-from halfbyte.kernels.packed_attention.packing import columns_of, rows_of, wide_rows_of
+from halfbyte.kernels.packed_attention.packing import block_of, wide_rows_of
 
 ARGUMENTS = (
     "q: T*, k: T*, v: T*, o: T*, lse: f32*, items: i32*, counter: i64*, scratch: f32*, room: i64, count: i64, tokens: i64, q_apart: i64,"
@@ -29,12 +29,13 @@ _NONE = np.float32(-np.inf)
 def room(heads: int, dim: int) -> int:
     """float32 numbers that one thread needs for `heads` heads of width `dim` at once."""
     wide = -(-dim // COLUMNS) * COLUMNS
-    return SCORES * dim + SCORES * wide + heads * QUERIES * (dim + wide + 2) + QUERIES * SCORES
+    deep = -(-dim // SCORES) * SCORES
+    return 2 * SCORES * wide + heads * QUERIES * (deep + wide + 2) + QUERIES * SCORES
 
 
-@native(ARGUMENTS, T=("bf16", "f32"), lazy=True)
+@native(ARGUMENTS, T=("bf16", "f32"), lazy=True, apart=True)
 def forward() -> Callable[..., Any]:
-    from halfbyte.kernels.packed_attention.vectors import multiply_across, multiply_scores, row_cap, row_exp, row_max, take
+    from halfbyte.kernels.packed_attention.vectors import multiply_rows, row_cap, row_exp, row_max, take, transpose
 
     @no_type_check
     def kernel(
@@ -42,22 +43,23 @@ def forward() -> Callable[..., Any]:
         softcap, first, last,
     ):  # fmt: skip
         wide = (dim + COLUMNS - 1) // COLUMNS * COLUMNS
+        deep = (dim + SCORES - 1) // SCORES * SCORES
         for slot in range(first, last):
             at_k = slot * room
-            at_v = at_k + SCORES * dim
+            at_v = at_k + SCORES * wide
             at_q = at_v + SCORES * wide
             item = take(counter)
             while item < count:
                 begin, q0, q1 = np.int64(items[5 * item]), np.int64(items[5 * item + 1]), np.int64(items[5 * item + 2])
                 head0, many = np.int64(items[5 * item + 3]), np.int64(items[5 * item + 4])
-                at_o = at_q + many * QUERIES * dim
+                at_o = at_q + many * QUERIES * deep
                 at_m = at_o + many * QUERIES * wide
                 at_l = at_m + many * QUERIES
                 at_s = at_l + many * QUERIES
                 rows = q1 - q0
                 tiles = (rows + ROWS - 1) // ROWS
                 for h in range(many):
-                    rows_of(q, q0 * q_apart + (head0 + h) * dim, q_apart, rows, dim, scale, scratch, at_q + h * QUERIES * dim)
+                    block_of(q, q0 * q_apart + (head0 + h) * dim, q_apart, rows, dim, scale, scratch, at_q + h * QUERIES * deep)
                 for i in range(many * QUERIES):
                     scratch[at_m + i] = _NONE
                     scratch[at_l + i] = np.float32(0)
@@ -65,10 +67,15 @@ def forward() -> Callable[..., Any]:
                 keep = 0
                 while key < q1:
                     keys = min(SCORES, q1 - key)
-                    columns_of(k, key * k_apart + head0 // group * dim, k_apart, keys, dim, scratch, at_k)
-                    wide_rows_of(v, key * v_apart + head0 // group * dim, v_apart, keys, dim, wide, np.float32(1), scratch, at_v)
+                    # keys lie in the values' room until they are transposed
+                    wide_rows_of(k, key * k_apart + head0 // group * dim, k_apart, keys, dim, wide, scratch, at_v)
+                    for row in range(0, keys, WIDTH):
+                        panel = at_k + row // COLUMNS * wide * COLUMNS + row % COLUMNS
+                        for d in range(0, dim, WIDTH):
+                            transpose(scratch, at_v + row * wide + d, wide, panel + d * COLUMNS, COLUMNS)
+                    wide_rows_of(v, key * v_apart + head0 // group * dim, v_apart, keys, dim, wide, scratch, at_v)
                     for h in range(many):
-                        at_h = at_q + h * QUERIES * dim
+                        at_h = at_q + h * QUERIES * deep
                         for tile in range(tiles):
                             start = q0 + tile * ROWS
                             end = min(start + ROWS, q1)
@@ -76,10 +83,11 @@ def forward() -> Callable[..., Any]:
                             high = min(keys, end - key)
                             here = at_s + tile * ROWS * SCORES
                             for panel in range(low // COLUMNS, (high + COLUMNS - 1) // COLUMNS):
-                                multiply_across(
-                                    scratch, at_h + tile * ROWS * dim, ROWS, at_k + panel * COLUMNS * dim, COLUMNS,
-                                    here + panel * COLUMNS, SCORES, dim, 0,
-                                )  # fmt: skip
+                                for d in range(0, dim, SCORES):
+                                    multiply_rows(
+                                        scratch, at_h + d * QUERIES + tile * ROWS * SCORES, 1, at_k + (panel * wide + d) * COLUMNS, COLUMNS,
+                                        here + panel * COLUMNS, SCORES, min(SCORES, dim - d), d,
+                                    )  # fmt: skip
                             for token in range(start, end):
                                 row = token - q0
                                 left = max(0, token - window + 1 - key) if window > 0 else 0
@@ -111,7 +119,7 @@ def forward() -> Callable[..., Any]:
                                 scratch[at_m + h * QUERIES + row] = top
                                 scratch[at_l + h * QUERIES + row] = total
                             for panel in range(wide // COLUMNS):
-                                multiply_scores(
+                                multiply_rows(
                                     scratch, here + low, 1, at_v + low * wide + panel * COLUMNS, wide,
                                     at_o + (h * QUERIES + tile * ROWS) * wide + panel * COLUMNS, wide, high - low, keep,
                                 )  # fmt: skip

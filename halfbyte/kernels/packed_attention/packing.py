@@ -1,32 +1,22 @@
-"""Rows of queries, keys and values as float32 blocks in the order the products read them; compiled into each kernel."""
-
-import numpy as np
+"""Rows of queries, keys, values and gradients as float32 blocks in the order the products read them; compiled into each kernel."""
 
 from halfbyte.kernels.native import inline, load
-from halfbyte.kernels.packed_attention.layout import COLUMNS, ROWS
+from halfbyte.kernels.packed_attention.layout import QUERIES, SCORES
 
 
 @inline
-def rows_of(source, at, apart, rows, dim, scale, room, target):  # type: ignore[no-untyped-def]
-    """[tile][dim][ROWS]: `ROWS` rows beside each other, times `scale`."""
+def wide_rows_of(source, at, apart, rows, dim, wide, room, target):  # type: ignore[no-untyped-def]
+    """[row][wide]: as they lie; what is beyond `dim` never reaches a result."""
     for row in range(rows):
-        place = target + row // ROWS * (ROWS * dim) + row % ROWS
         for d in range(dim):
-            room[place + d * ROWS] = load(source, at + row * apart + d) * scale
+            room[target + row * wide + d] = load(source, at + row * apart + d)
 
 
 @inline
-def columns_of(source, at, apart, rows, dim, room, target):  # type: ignore[no-untyped-def]
-    """[panel][dim][COLUMNS]: the transpose, `COLUMNS` rows beside each other."""
-    for row in range(rows):
-        place = target + row // COLUMNS * (COLUMNS * dim) + row % COLUMNS
-        for d in range(dim):
-            room[place + d * COLUMNS] = load(source, at + row * apart + d)
-
-
-@inline
-def wide_rows_of(source, at, apart, rows, dim, wide, scale, room, target):  # type: ignore[no-untyped-def]
-    """[row][wide]: as they lie, each in a row of `wide` numbers, times `scale`; what is beyond `dim` is never stored in a result."""
-    for row in range(rows):
-        for d in range(dim):
-            room[target + row * wide + d] = load(source, at + row * apart + d) * np.float32(scale)
+def block_of(source, at, apart, rows, dim, scale, room, target):  # type: ignore[no-untyped-def]
+    """[d // SCORES][QUERIES][d % SCORES], times `scale`: rows that lie as far apart as rows of scores, whatever the head's width."""
+    for begin in range(0, dim, SCORES):
+        for row in range(rows):
+            place = target + (begin // SCORES * QUERIES + row) * SCORES
+            for d in range(min(SCORES, dim - begin)):
+                room[place + d] = load(source, at + row * apart + begin + d) * scale

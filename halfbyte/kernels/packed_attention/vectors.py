@@ -1,6 +1,8 @@
 """Vector code for attention on the CPU: a small matrix product kept in registers, and the passes over a row of scores.
 
+    transpose  WIDTH x WIDTH numbers
     multiply   c[m, n] (+)= sum_k a[m, k] b[k, n]     ROWS x COLUMNS sums live in registers; one row of b is read per k, a is broadcast
+    row_dot    sum of products
     row_max    largest visible score of a row
     row_exp    s <- exp(s - shift) where visible, 0 elsewhere; returns the sum
     row_grad   s <- p = exp(s - lse),  d <- p (d - delta) (1 - (s / cap)^2)
@@ -8,7 +10,8 @@
 
 Written in LLVM's own instructions, because a compiler left to itself vectorizes these loops only for some lengths.  LLVM cuts the
 vectors to what the processor has; the width asked for only decides how many registers the product takes.  Everything is float32;
-an address is a pointer and an offset in elements.  exp is the formula of `kernels/scalars.py` for vectors.
+an address is a pointer and an offset in elements.  exp is the formula of `kernels/scalars.py` for vectors.  Kernels
+that use it cannot be `fast`: a compiler that may reorder sums takes the rounding by 1.5 * 2^23 away.
 
 Source: https://llvm.org/docs/LangRef.html; the register block: K. Goto, R. van de Geijn, Anatomy of High-Performance Matrix
 Multiplication, 2008
@@ -170,8 +173,47 @@ def _multiply(rows_apart: int) -> Any:
     return multiply
 
 
-multiply_across: Any = _multiply(1)  # a is packed, or read by columns: neighbours in m are neighbours in memory
-multiply_scores: Any = _multiply(SCORES)  # a is rows of scores
+multiply_columns: Any = _multiply(1)  # rows of a are columns in memory: transposed scores
+multiply_rows: Any = _multiply(SCORES)  # rows of a are rows of a block of scores, of queries or of gradients
+
+
+@intrinsic
+def transpose(_: Any, room: Any, source: Any, next_source: Any, target: Any, next_target: Any) -> Any:
+    """target[d, r] = source[r, d] for WIDTH rows and columns: blocks of half the size change places, then of a quarter, to 1."""
+
+    def body(build: Any, room: Any, source: Any, next_source: Any, target: Any, next_target: Any) -> None:
+        def line(start: Any, apart: Any, number: int) -> Any:
+            return _at(build, room, start, build.mul(apart, ir.Constant(_I64, number)))
+
+        rows = [_load(build, line(source, next_source, number)) for number in range(WIDTH)]
+        step = WIDTH // 2
+        while step:
+            upper = ir.Constant(_INTEGERS, [WIDTH + (lane ^ step) if lane & step else lane for lane in range(WIDTH)])
+            lower = ir.Constant(_INTEGERS, [WIDTH + lane if lane & step else lane ^ step for lane in range(WIDTH)])
+            for one in range(WIDTH):
+                if not one & step:
+                    a, b = rows[one], rows[one | step]
+                    rows[one], rows[one | step] = build.shuffle_vector(a, b, upper), build.shuffle_vector(a, b, lower)
+            step //= 2
+        for number, row in enumerate(rows):
+            _store(build, row, line(target, next_target, number))
+
+    return _made(types.void(_P, _N, _N, _N, _N), body)
+
+
+@intrinsic
+def row_dot(_: Any, room: Any, a: Any, b: Any, vectors: Any) -> Any:
+    """sum_c a[c] b[c] over whole vectors."""
+
+    def body(build: Any, room: Any, a: Any, b: Any, vectors: Any) -> Any:
+        def step(i: Any, total: Values) -> Values:
+            first = build.mul(i, ir.Constant(_I64, WIDTH))
+            return [_muladd(build, _load(build, _at(build, room, a, first)), _load(build, _at(build, room, b, first)), total[0])]
+
+        (total,) = _repeat(build, vectors, [_number(0)], step)
+        return _across(build, total, build.fadd)
+
+    return _made(_F(_P, _N, _N, _N), body)
 
 
 @intrinsic
