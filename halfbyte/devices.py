@@ -18,6 +18,8 @@ from pathlib import Path
 
 import psutil
 
+from halfbyte.errors import EnvironmentFault
+
 _WATCHED_FLAGS = (
     "sse4_2",
     "avx",
@@ -172,6 +174,20 @@ def _status_bytes(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def compute_device(choice: str = "auto") -> str:
+    """cuda or cpu: what was chosen, or for auto the GPU where PyTorch has one.  Raises EnvironmentFault for a GPU that is not there."""
+    import torch
+
+    if choice == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentFault(
+            "a GPU must be there to compute on it", code="E-ENV-020", place="model.device", found="no GPU that PyTorch can use",
+            expected="auto or cpu on this machine", remedy="set model.device: auto", nothing_done="Nothing was loaded.",
+        )  # fmt: skip
+    return choice
 
 
 def set_threads(count: int) -> None:

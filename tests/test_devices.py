@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from halfbyte import devices
+from halfbyte.errors import EnvironmentFault
 
 
 def test_describe_names_this_machine() -> None:
@@ -83,3 +84,11 @@ def test_kept_memory_is_bounded() -> None:
         "print(max(seen) / seen[0])"
     )
     assert freed_memory(loop)[0] < 1.6
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    """Asked for, not guessed: no silent step down to the CPU."""
+    assert devices.compute_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(EnvironmentFault, match="a GPU must be there"):
+            devices.compute_device("cuda")

@@ -16,6 +16,8 @@ class ModelConfig(Settings):
     """Allow fetching a Hub id from the network; without it only local files and the starter are used."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights that are not quantized, and of the arithmetic; auto takes what this machine computes well."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it computes; auto takes the GPU where PyTorch has one."""
     task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
     """Write text, or choose a label for a text."""
     labels: tuple[str, ...] = ()

@@ -24,6 +24,7 @@ from halfbyte.adapters.folder import rebuild_base, require_fit, start_of
 from halfbyte.adapters.store import AdapterStore
 from halfbyte.config import QuantConfig, RunConfig, load_config
 from halfbyte.data.templates import Template, from_tokenizer
+from halfbyte.devices import compute_device
 from halfbyte.errors import AdapterError, ConfigError
 from halfbyte.evaluate.prompts import Messages, prompt_tokens, require_text
 from halfbyte.formats import peft
@@ -242,6 +243,7 @@ def open_model(
         _cast(model, DTYPES[begun.loftq.dtype])
         rebuild_base(model, begun)
         _cast(model, choose_dtype(dtype)[0])
+    model.to(compute_device(config.model.device if config else "auto"))  # type: ignore[arg-type]  # transformers' wrapper hides it
     template = template or (config.model.template if config else None)
     opened = Opened(located, source, model, load_tokenizer(source), template, start_of(begun) if begun else None, force_base)
     if located.adapter is not None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfbyte.config.run import RunConfig
 from halfbyte.data.templates import from_tokenizer
+from halfbyte.devices import compute_device
 from halfbyte.lora.inject import Injected, inject, total_parameters
 from halfbyte.models.load import choose_dtype, load_model, load_tokenizer
 from halfbyte.models.packed_folder import settled
@@ -61,6 +62,7 @@ def assemble(config: RunConfig, *, for_training: bool = True) -> Assembled:
         source, dtype=config.model.dtype, quant=at_load, task=config.model.task, labels=config.model.labels,
         attention=config.model.attention,
     )  # fmt: skip
+    model.to(compute_device(config.model.device))  # type: ignore[arg-type]  # transformers' wrapper hides the signature
     tokenizer = load_tokenizer(source)
     if config.model.template is not None:  # what is written later carries the template it was trained with
         tokenizer.chat_template = from_tokenizer(tokenizer, config.model.template).source

@@ -129,7 +129,9 @@ def test_what_is_written_reads_back_equal_and_plainly(overrides: list[str], tmp_
 EVERY_SETTING = """
 method: qlora
 out: runs/every
-model: {name: folder, revision: abc, allow_download: true, dtype: float32, attention: eager, layers: original, template: chat.jinja}
+model:
+  {name: folder, revision: abc, allow_download: true, dtype: float32, device: cpu, attention: eager, layers: original,
+   template: chat.jinja}
 quant: {format: fp4, blocksize: 128, double_quant: false, skip: [gate], quantize_head: true}
 lora:
   {rank: 8, alpha: 24.0, dropout: 0.1, targets: [q_proj, v_proj], exclude: [o_proj], rslora: true, dora: true, init: loftq,
