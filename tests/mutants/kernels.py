@@ -83,23 +83,21 @@ MUTANTS = [
     ),
     Mutant(
         "T47", "the last block's scale looks at a whole block", _WRITE + "cpu.py",
-        "        top = _scale_block(x[start : start + size], mask, value_of, blocksize, scaled)",
-        "        top = _scale_block(x[max(0, x.size - blocksize) if size < blocksize else start : start + size], mask, value_of,"
-        " blocksize, scaled)",
-        _BYTES,
+        "            scale = top_of(x, start, size)\n            divisor",
+        "            scale = top_of(x, max(0, numel - blocksize), min(blocksize, numel))\n            divisor", _BYTES,
     ),
     Mutant(
-        "T47", "the last element of a block is not read back", _READ + "cpu.py", "        size = min(blocksize, numel - start)",
-        "        size = max(1, min(blocksize, numel - start) - 1)", _BLOCKWISE + "test_every_size_stays_inside_its_buffers",
+        "T47", "the last element of a block is not read back", _READ + "cpu.py", "            for i in range(32 * whole, size):",
+        "            for i in range(32 * whole, max(1, size - 1)):", _BLOCKWISE + "test_every_size_stays_inside_its_buffers",
     ),
     Mutant(
-        "T47", "the odd last element is left out", _READ + "cpu.py", "        if size % 2:", "        if size % 2 and size > 64:",
+        "T47", "the odd last element takes the low half of its byte", _READ + "cpu.py", "(4 - 4 * (i & 1))", "(4 * (i & 1))",
         _BLOCKWISE + "test_cpu_dequantize_equals_reference",
     ),
     Mutant(
         "T48", "a byte keeps bits of the one before it", _WRITE + "cpu.py",
-        "        packed[k] = pairs[np.int64(ranks[2 * k]) * 16 + ranks[2 * k + 1]]",
-        "        packed[k] = pairs[np.int64(ranks[2 * k]) * 16 + ranks[2 * k + 1]] | (packed[k - 1] & 1 if k else 0)",
+        "                packed[(start + i) >> 1] = byte",
+        "                packed[(start + i) >> 1] = byte | (packed[((start + i) >> 1) - 1] & 1 if i else 0)",
         _BLOCKWISE + "test_codes_equal_numpy_oracle",
     ),
     Mutant(
@@ -112,30 +110,45 @@ MUTANTS = [
     ),
     Mutant(
         "T49", "a block of zeros is divided by its scale (CPU)", _WRITE + "cpu.py",
-        "        _times(x, np.float32(1) / max(top, _SMALLEST), value_of, scaled)",
-        "        _times(x, np.float32(1) / top if top > 0 else np.float32(np.nan), value_of, scaled)",
+        "                factor = splat(_ONE / max(scale, _SMALLEST))", "                factor = splat(_ONE / scale)",
         _BLOCKWISE + "test_zero_and_denormal_blocks",
     ),
     Mutant(
         "T52", "quantize counts elements in 32 bits", _WRITE + "cpu.py",
-        "        start = block * blocksize\n        size = min(blocksize, x.size - start)\n        even",
-        "        start = np.int64(np.int32(block * blocksize))\n        size = min(blocksize, x.size - start)\n        even",
+        "            start = block * blocksize\n            size = min(blocksize, numel - start)\n            if",
+        "            start = np.int64(np.int32(block * blocksize))\n            size = min(blocksize, numel - start)\n            if",
         _BLOCKWISE + "test_offsets_beyond_two_to_the_31",
     ),
     Mutant(
         "T52", "dequantize counts elements in 32 bits", _READ + "cpu.py",
-        "        start = block * blocksize\n        size = min(blocksize, numel - start)",
-        "        start = np.int64(np.int32(block * blocksize))\n        size = min(blocksize, numel - start)",
+        "                store_looked_up(out, to, table, packed, block << 5)",
+        "                store_looked_up(out, to, table, packed, np.int64(np.int32(block << 5)))",
         _BLOCKWISE + "test_offsets_beyond_two_to_the_31",
     ),
     Mutant(
-        "T57", "bfloat16 is cut off instead of rounded", "halfbyte/kernels/bfloat16_bits.py", "(np.uint64(bits) + np.uint32(0x7FFF)",
-        "(np.uint64(bits) + np.uint32(0)", _BLOCKWISE + "test_cpu_dequantize_equals_reference",
+        "T57", "bfloat16 is cut off instead of rounded", "halfbyte/kernels/scalars.py", "(bits + (np.uint32(0x7FFF)",
+        "(bits + (np.uint32(0)", _BLOCKWISE + "test_bfloat16_rounds_to_nearest_even",
     ),
     Mutant(
-        "T57", "the vector path rounds halves up", _READ + "avx512.py",
-        "builder.add(builder.add(bits, _constant(_I32, 0x7FFF, 16)), odd)", "builder.add(bits, _constant(_I32, 0x8000, 16))",
+        "T57", "the vector path rounds halves up", "halfbyte/kernels/vectors.py",
+        "builder.add(builder.add(bits, _constant(_I32, 0x7FFF)), odd)", "builder.add(bits, _constant(_I32, 0x8000))",
         _BLOCKWISE + "test_halves_round_to_even_on_every_path",
+    ),
+    Mutant(
+        "T57", "AVX2 takes the low half of the table only", "halfbyte/kernels/vectors.py",
+        "parts.append(builder.select(_bit(builder, part, 8), b, a))", "parts.append(a)",
+        _BLOCKWISE + "test_other_instruction_sets_give_the_same_bits",
+    ),
+    Mutant(
+        "T53", "nested scales lose the mean that was taken off", _READ + "cpu.py",
+        "levels2[codes[block]] * absmax2[block >> 8] + offset[0]", "levels2[codes[block]] * absmax2[block >> 8]",
+        _BLOCKWISE + "test_nested_scales_are_rounded_twice",
+    ),
+    Mutant(
+        "T57", "the product with one row swaps even and odd elements", "halfbyte/kernels/matmul_4bit/cpu.py",
+        "        apart = x.float().reshape(rows, columns // 32, 16, 2).transpose(2, 3)",
+        "        apart = x.float().reshape(rows, columns // 32, 16, 2).flip(3).transpose(2, 3)",
+        "tests/kernels/test_kernels_matmul_4bit.py::test_few_rows",
     ),
     Mutant(
         "T57", "the reference rounds the scale before it multiplies", _READ + "reference.py",

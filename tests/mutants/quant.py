@@ -19,14 +19,13 @@ MUTANTS = [
         "        return self._product(x).to(self.dtype)", _TEST_LINEAR + "test_forward_dtypes",
     ),
     Mutant(
-        "T50", "weights that are not finite are taken", _BLOCKWISE, "    if bool(torch.isfinite(absmax).all()):",
+        "T50", "weights that are not finite are taken", _BLOCKWISE, "    if _all_finite(absmax):",
         "    if absmax.numel():", _TEST_BLOCKWISE + "test_non_finite_weights_are_refused",
     ),
     Mutant(
-        "T50", "the largest element is found by comparing floats, where NaN hides", "halfbyte/kernels/quantize_blockwise/cpu.py",
-        "    top: Any = value_of(_largest(x, mask))",
-        "    top: Any = value_of(x[0] & mask)\n    for i in range(x.size):\n        if value_of(x[i] & mask) > top:\n"
-        "            top = value_of(x[i] & mask)",
+        "T50", "the largest element is found by comparing floats, where NaN hides", "halfbyte/kernels/vectors.py",
+        '        return builder.select(builder.icmp_signed(">", x, y), x, y)',
+        '        return builder.select(builder.fcmp_ordered(">", builder.bitcast(x, _FLOATS), builder.bitcast(y, _FLOATS)), x, y)',
         _TEST_BLOCKWISE + "test_non_finite_weights_are_refused",
     ),
     Mutant(

@@ -50,7 +50,7 @@ def _serve(
 
 
 def _serve_gradient(
-    dy: Tensor, packed: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, shape: list[int], dtype: torch.dtype,
+    dy: Tensor, packed: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, shape: Sequence[int], dtype: torch.dtype,
     absmax2: Tensor | None = None, nested_codebook: Tensor | None = None, offset: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     check(dy, shape, axis=0)
@@ -94,12 +94,31 @@ for _name, _function, _shape, _other in (
     torch.library.register_autograd(f"halfbyte::{_name}", _backward_through(_other), setup_context=_keep, lib=LIBRARY)
 
 
+class _Product(torch.autograd.Function):
+    """The op without the dispatcher: `product` forward and `other` backward, each the backward of the other."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, product: Any, other: Any, *weight: Any) -> Tensor:
+        packed, absmax, codebook, ctx.blocksize, ctx.shape, ctx.dtype, *nested = weight
+        ctx.save_for_backward(packed, absmax, codebook, *nested)
+        ctx.product, ctx.other, ctx.count = product, other, 3 + len(weight)
+        return product(x, *weight)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        packed, absmax, codebook, *nested = ctx.saved_tensors
+        weight = (packed, absmax, codebook, ctx.blocksize, ctx.shape, ctx.dtype, *nested)
+        return (_Product.apply(dys[0], ctx.other, ctx.product, *weight), *(None,) * (ctx.count - 1))
+
+
 def matmul_4bit(
     x: Tensor, packed: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, shape: tuple[int, int], dtype: torch.dtype,
     nested: Nested | None = None,
 ) -> Tensor:  # fmt: skip
     """(..., O) of x's dtype; differentiable in x only.  Raises ValueError where x does not fit or is not floating point."""
-    if not torch.is_grad_enabled() and type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling():
-        # decoding: the way through the dispatcher takes a good part of what a small product takes
+    if type(x) is Tensor and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        # the way through the dispatcher takes a good part of what a small product takes
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Product.apply(x, _serve, _serve_gradient, packed, absmax, codebook, blocksize, shape, dtype, *(nested or ()))
         return _serve(x, packed, absmax, codebook, blocksize, shape, dtype, *(nested or ()))
     return torch.ops.halfbyte.matmul_4bit(x, packed, absmax, codebook, blocksize, shape, dtype, *(nested or ()))
