@@ -5,7 +5,6 @@ with one exception: where one segment is so long that its heads must be divided 
 up in another order.  Items are handed out by a counter, the longest first: a thread that is held up by others on its core takes fewer.
 """
 
-import threading
 from functools import lru_cache
 from itertools import pairwise
 
@@ -18,10 +17,10 @@ from halfbyte.kernels.packed_attention.backward import room as backward_room
 from halfbyte.kernels.packed_attention.forward import forward
 from halfbyte.kernels.packed_attention.forward import room as forward_room
 from halfbyte.kernels.packed_attention.layout import QUERIES
+from halfbyte.kernels.scratch import borrowed
 
 DTYPES = (torch.float32, torch.bfloat16)
 HEADS = 4  # of one item of the forward: their queries and sums (96 x D each) should stay in a second-level cache
-_own = threading.local()
 _ALONE = 1 << 17  # multiplications of the forward below which a second thread is not woken
 
 
@@ -58,15 +57,6 @@ def backward_items(edges: tuple[int, ...], heads: int, group: int, threads: int)
     return torch.tensor(items, dtype=torch.int32).view(-1, 5), split
 
 
-def _scratch(numbers: int) -> Tensor:
-    """Uninitialised float32 numbers of this thread, kept for the next call: fresh pages would cost more than the small segments' work."""
-    kept: Tensor | None = getattr(_own, "scratch", None)
-    if kept is None or kept.numel() < numbers:
-        with torch.inference_mode(False):  # an ordinary tensor, whoever asks first
-            kept = _own.scratch = torch.empty(numbers)
-    return kept
-
-
 def _rows(x: Tensor) -> tuple[Tensor, int]:
     """(T, H, D) as one contiguous stretch and the elements from one token to the next; copied only where heads are not side by side."""
     tokens, heads, dim = x.shape
@@ -90,10 +80,11 @@ def packed_attention(
     items = forward_items(edges, heads, group)
     (q, q_apart), (k, k_apart), (v, v_apart) = (_rows(x) for x in (q_THD, k_TGD, v_TGD))
     threads, room = min(torch.get_num_threads(), max(1, len(items))), forward_room(min(HEADS, group), dim)
-    forward(
-        threads, q, k, v, o, lse_HT, items, torch.zeros(1, dtype=torch.int64), _scratch(threads * room), room, len(items), tokens,
-        q_apart, k_apart, v_apart, heads, group, dim, window, scale, softcap, work=_work(edges, heads, dim),
-    )  # fmt: skip
+    with borrowed((threads * room,), torch.float32, q.device) as scratch:
+        forward(
+            threads, q, k, v, o, lse_HT, items, torch.zeros(1, dtype=torch.int64), scratch, room, len(items), tokens,
+            q_apart, k_apart, v_apart, heads, group, dim, window, scale, softcap, work=_work(edges, heads, dim),
+        )  # fmt: skip
     return o, lse_HT
 
 
@@ -115,11 +106,12 @@ def packed_attention_backward(
     (flat_do, do_apart), (flat_q, q_apart), (flat_k, k_apart), (flat_v, v_apart) = (_rows(x) for x in (do, q_THD, k_TGD, v_TGD))
     longest = max((end - begin for begin, end in pairwise(edges)), default=0)
     threads, room = min(torch.get_num_threads(), max(1, len(items))), backward_room(longest, dim)
-    backward(
-        threads, flat_do, flat_q, flat_k, flat_v, o.contiguous(), lse_HT, dq, dk, dv, partial, items, torch.zeros(1, dtype=torch.int64),
-        _scratch(threads * room), room, longest, len(items), tokens, do_apart, q_apart, k_apart, v_apart, heads, group, dim, window, scale,
-        softcap, int(split), work=_work(edges, heads, dim),
-    )  # fmt: skip
+    with borrowed((threads * room,), torch.float32, q_THD.device) as scratch:
+        backward(
+            threads, flat_do, flat_q, flat_k, flat_v, o.contiguous(), lse_HT, dq, dk, dv, partial, items, torch.zeros(1, dtype=torch.int64),
+            scratch, room, longest, len(items), tokens, do_apart, q_apart, k_apart, v_apart, heads, group, dim, window, scale, softcap,
+            int(split), work=_work(edges, heads, dim),
+        )  # fmt: skip
     if partial is not None:
         for target, source in zip((dk, dv), partial, strict=True):
             target.copy_(source.view(tokens, heads // group, group, dim).sum(2))
