@@ -24,6 +24,7 @@ import ctypes
 import hashlib
 import os
 import re
+import shutil
 import struct
 import tempfile
 import threading
@@ -31,14 +32,16 @@ from collections.abc import Callable
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
 
 from halfbyte import env
 
-TYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64, "u8": torch.uint8, "i8": torch.int8, "i32": torch.int32, "i64": torch.int64}
+TYPES = {
+    "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64,
+    "u8": torch.uint8, "i8": torch.int8, "i32": torch.int32, "i64": torch.int64,
+}  # fmt: skip
 _NAMES = {dtype: name for name, dtype in TYPES.items()}
 _LLVM = {"i64": "i64", "f32": "float", "f64": "double"}
 _NUMBA = {"bf16": "uint16", "f32": "float32", "f64": "float64", "u8": "uint8", "i8": "int8", "i32": "int32", "i64": "int64"}
@@ -46,6 +49,7 @@ _CALLS = re.compile(r"^declare .*?@(?!llvm\.)\"?([\w.]+)", re.MULTILINE)
 _DEFINED = re.compile(r'^define .*?@("[^"]+"|[\w.$]+)\(', re.MULTILINE)
 MATHS = frozenset({"memcpy", "memset", "memmove", "expf", "exp", "logf", "log", "sqrtf", "sqrt", "tanhf", "tanh", "powf", "fmodf"})
 Function = TypeVar("Function", bound=Callable[..., Any])
+KEPT_VERSIONS = 8  # of the object code, the newest: each change of a source, version or processor makes another
 SMALL = 1 << 14  # elements: below it waking a second thread costs more than it saves
 
 _inlined: list[tuple[Callable[..., Any], set[str] | bool]] = []
@@ -109,7 +113,7 @@ class Native:
                     kind, of_kind = _NAMES[value.dtype], value.dtype
                 wanted = of_kind
             if value.dtype != wanted or not value.is_contiguous() or not value.is_cpu:
-                raise TypeError(f"{self.name}: {name} must be a contiguous {wanted} tensor on the CPU, found {value.dtype} {value.stride()}")
+                raise TypeError(f"{self.name}: {name} must be contiguous {wanted} on the CPU, found {value.dtype} {value.stride()}")
             largest = max(largest, value.numel())
             slots.append(value.data_ptr())
         entry = self._entries.get(kind)
@@ -136,7 +140,7 @@ class Native:
         signature = types.void(*typed, types.int64, types.int64)
         flags = {"reassoc", "nsz", "arcp", "contract"} if self.fast else False
         kernel = self.function() if self.lazy else self.function
-        made = njit(
+        made = cast(Any, njit)(
             signature, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, fastmath=flags,
             pipeline_class=_compiler(self.apart),
         )(kernel)
@@ -230,7 +234,8 @@ def _team() -> tuple[Any, int, int]:
     library = ctypes.CDLL(found[0])
     library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     library.GOMP_parallel.restype = None
-    number, size = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in (library.omp_get_thread_num, library.omp_get_num_threads))
+    asked = (library.omp_get_thread_num, library.omp_get_num_threads)
+    number, size = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in asked)
     return library.GOMP_parallel, number, size
 
 
@@ -312,7 +317,8 @@ def _engine() -> tuple[Any, Any]:
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     name, features = processor()
-    machine = binding.Target.from_default_triple().create_target_machine(cpu=name, features=features, opt=3, jit=True, codemodel="jitdefault")
+    target = binding.Target.from_default_triple()
+    machine = target.create_target_machine(cpu=name, features=features, opt=3, jit=True, codemodel="jitdefault")
     return binding, machine
 
 
@@ -351,7 +357,12 @@ def _folder() -> Path | None:
     digest.update("|".join(processor()).encode())
     folder = env.cache_dir() / "kernels" / digest.hexdigest()[:16]
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not folder.exists():
+            folder.mkdir(mode=0o700, exist_ok=True)
+            others = sorted((path for path in folder.parent.iterdir() if path != folder), key=lambda path: path.stat().st_mtime)
+            for old in others[: 1 - KEPT_VERSIONS]:
+                shutil.rmtree(old, ignore_errors=True)
         for place in (folder, folder.parent):
             seen = place.stat()
             if hasattr(os, "getuid") and (seen.st_uid != os.getuid() or seen.st_mode & 0o022):

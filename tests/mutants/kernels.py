@@ -12,7 +12,23 @@ _BLOCKWISE = "tests/kernels/test_kernels_blockwise.py::"
 _CROSS_ENTROPY = "tests/kernels/test_kernels_linear_cross_entropy.py::"
 _BYTES = "tests/quant/test_quant_bitsandbytes.py::test_packed_bytes_and_absmax_equal"
 
+_NATIVE = "halfbyte/kernels/native.py"
+_OF_NATIVE = "tests/kernels/test_kernels_native.py::"
+
 MUTANTS = [
+    Mutant(
+        "T0", "object code is used without its checksum", _NATIVE,
+        "return content[32:] if hashlib.sha256(content[32:]).digest() == content[:32] else None", "return content[32:]",
+        _OF_NATIVE + "test_a_second_process_compiles_nothing_and_a_changed_file_is_made_again",
+    ),
+    Mutant(
+        "T0", "object code of a folder others can write to is used", _NATIVE, "or seen.st_mode & 0o022", "or seen.st_mode & 0",
+        _OF_NATIVE + "test_a_folder_others_can_write_to_is_not_used",
+    ),
+    Mutant(
+        "T0", "strides are not looked at before a pointer is taken", _NATIVE, "or not value.is_contiguous()", "",
+        _OF_NATIVE + "test_what_a_kernel_cannot_read_is_refused",
+    ),
     Mutant(
         "T27", "the upstream gradient is ignored", _LOSS + "chunks.py", "(d_hidden * scalar).to(d_hidden.dtype)", "d_hidden",
         _CROSS_ENTROPY + "test_non_uniform_upstream_gradient",
@@ -121,8 +137,8 @@ MUTANTS = [
     ),
     Mutant(
         "T52", "dequantize counts elements in 32 bits", _READ + "cpu.py",
-        "                store_looked_up(out, to, table, packed, block << 5)",
-        "                store_looked_up(out, to, table, packed, np.int64(np.int32(block << 5)))",
+        "            start = block * blocksize\n            size = min(blocksize, numel - start)\n            to",
+        "            start = np.int64(np.int32(block * blocksize))\n            size = min(blocksize, numel - start)\n            to",
         _BLOCKWISE + "test_offsets_beyond_two_to_the_31",
     ),
     Mutant(
