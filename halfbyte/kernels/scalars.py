@@ -2,7 +2,8 @@
 
 exp:  e^x = 2^k e^r,  k = round(x / ln 2),  r = x - k ln 2 in two parts;  e^r by the Taylor polynomial to r^7, error below 2 units in
 the last place of float32 over the whole range; 0 below -87.3, infinity above 88.72, NaN stays.  The library's exp is a call per
-number; this is 15 instructions for 16 numbers.  Source of the two-part ln 2: W. J. Cody, W. Waite, Software Manual for the Elementary Functions, 1980.
+number; this is 15 instructions for 16 numbers.
+Source of the two-part ln 2: W. J. Cody, W. Waite, Software Manual for the Elementary Functions, 1980.
 """
 
 import numpy as np
