@@ -25,6 +25,6 @@ class ModelConfig(Settings):
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Which attention of PyTorch is used: the fused one, or the plain one for comparisons."""
     layers: Literal["auto", "original"] = "auto"
-    """auto: Halfbyte's own faster decoder layers where the model's structure fits them; original: those of transformers, for comparisons."""
+    """auto: Halfbyte's own faster decoder layers where the model's structure fits; original: those of transformers, for comparisons."""
     template: str | None = None
     """Path of a .jinja chat template that replaces the model's own."""
