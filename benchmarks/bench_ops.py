@@ -228,8 +228,8 @@ def run_all(op: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 def make_model(folder: Path, case: dict[str, Any]) -> None:
     """In a process of its own, so that this one stays small."""
-    code = "import json, pathlib, sys; from benchmarks import op_arms as a; a.make_decode_model(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]))"
-    command = [sys.executable, "-c", code, str(folder), json.dumps(case)]
+    code = "import json, pathlib, sys; from benchmarks.op_arms import make_decode_model as make; make(pathlib.Path(sys.argv[1]), "
+    command = [sys.executable, "-c", code + "json.loads(sys.argv[2]))", str(folder), json.dumps(case)]
     subprocess.run(command, cwd=record.ROOT, check=True, stderr=subprocess.DEVNULL)
 
 
