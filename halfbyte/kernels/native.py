@@ -26,7 +26,6 @@ import os
 import re
 import shutil
 import struct
-import tempfile
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -381,12 +380,12 @@ def _read(path: Path | None) -> bytes | None:
 
 
 def _write(path: Path | None, code: bytes) -> None:
-    """Whole or not at all; a full disk only means that the next process compiles again."""
+    """Whole or not at all; a full disk or a folder that is gone only means that the next process compiles again."""
     if path is None:
         return
+    fresh = path.with_suffix(f".{os.getpid()}")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(file.name, path)
+        fresh.write_bytes(hashlib.sha256(code).digest() + code)
+        os.replace(fresh, path)
     except OSError:
-        Path(file.name).unlink(missing_ok=True)
+        fresh.unlink(missing_ok=True)

@@ -174,3 +174,11 @@ def test_only_the_newest_versions_are_kept(tmp_path: Path) -> None:
     in_a_process(tmp_path)
     left = sorted(path.name for path in (tmp_path / "kernels").iterdir())
     assert len(left) == machinery.KEPT_VERSIONS and "old19" in left and "old00" not in left
+
+
+def test_a_folder_that_goes_away_costs_a_compilation_only(tmp_path: Path) -> None:
+    """Another process may be the ninth version; what was not written is made again next time."""
+    machinery._write(tmp_path / "gone" / "kernel.o", b"code")
+    assert machinery._read(tmp_path / "gone" / "kernel.o") is None
+    machinery._write(tmp_path / "kernel.o", b"code")
+    assert machinery._read(tmp_path / "kernel.o") == b"code" and len(list(tmp_path.iterdir())) == 1

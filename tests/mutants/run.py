@@ -91,7 +91,9 @@ def main() -> int:
     caught = sum(row["caught"] for row in rows)
     print(f"{caught}/{len(rows)} mutants caught, {len({row['trap'] for row in rows})} traps")
     if options.result:
-        options.result.write_text(json.dumps({"caught": caught, "total": len(rows), "mutants": rows}, indent=1) + "\n")
+        from benchmarks import record
+
+        options.result.write_text(json.dumps({**record.header(), "caught": caught, "total": len(rows), "mutants": rows}, indent=1) + "\n")
     return 0 if caught == len(rows) else 1
 
 
