@@ -105,7 +105,8 @@ def one_row_short() -> Any:
 
     The scale is applied to the sum of a block, so that the table stays as it is: its 16 levels are rounded, not their products with scales.
     """
-    from halfbyte.kernels.vectors import above4, bytes32, fused, load16, load32, look_up32, pair_products, plus, splat, total, twice_bf16
+    from halfbyte.kernels.short_vectors import above4, bytes32, load32, look_up32, pair_products, twice_bf16
+    from halfbyte.kernels.vectors import fused, load16, plus, splat, total
 
     def kernel(  # type: ignore[no-untyped-def]
         x, packed, nested, absmax, codes, absmax2, levels2, offset, codebook, blocksize, columns, outputs, narrowed, y, first, last
