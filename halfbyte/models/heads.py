@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfbyte.data.batches import Batch, model_inputs
@@ -21,6 +22,7 @@ from halfbyte.models.modes import evaluating
 from halfbyte.models.rows import reads_boundaries
 
 PROBE_TOKENS = 6
+ROUND_CPU = 64  # tokens
 _FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale")
 
 
@@ -59,14 +61,18 @@ def hidden_at(model: Any, batch: Batch, wanted_BT: Tensor) -> Tensor:
     """The last hidden states (N, H) of the tokens that `wanted_BT` marks, none of them padding.
 
     Where the model reads boundaries (models/rows.py), the real tokens of all rows go through it end to end and padding is not computed.
+    On a CPU a few tokens of no row are put behind them, up to a multiple of ROUND_CPU: the library of matrix products keeps code and
+    memory for each shape it has seen, 20 MB a shape for a model of 135M parameters, and lengths of chance would be ever new shapes.
     """
-    mask = batch.attention_mask
-    if mask is None or not reads_boundaries(model) or bool(mask.all()):
+    if batch.positions is not None or not reads_boundaries(model):
         return hidden_of(model, batch)[wanted_BT]
-    real = mask != 0
-    positions = (real.cumsum(1) - 1)[real][None]
-    states = model.base_model(input_ids=batch.input_ids[real][None], position_ids=positions, use_cache=False).last_hidden_state
-    return states[0][wanted_BT[real]]
+    ids = batch.input_ids
+    real = torch.ones_like(ids, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask != 0
+    positions, kept = (real.cumsum(1) - 1)[real], ids[real]
+    behind = -len(kept) % ROUND_CPU if ids.device.type == "cpu" else 0
+    kept, positions = F.pad(kept, (0, behind)), torch.cat([positions, torch.arange(behind, device=ids.device)])
+    states = model.base_model(input_ids=kept[None], position_ids=positions[None], use_cache=False).last_hidden_state
+    return states[0, : len(kept) - behind][wanted_BT[real]]
 
 
 def logits_of(model: Any, batch: Batch) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from halfbyte.kernels.scratch import borrowed
 
 IGNORED = -100
+ROWS = 64
 CHUNK_BYTES = 64 << 20
 """Logits of one chunk in fp32; in bfloat16 the same rows take half of it."""
 
@@ -27,6 +28,12 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden_NH, weight_VH, labels_N, bias, softcap, float(scale))
 
 
+def _whole(x_nH: Tensor, unit: int) -> Tensor:
+    """The rows, and on a CPU rows of zeros up to a multiple of `unit`: every new shape costs the products' library memory for good."""
+    missing = -len(x_nH) % unit
+    return torch.nn.functional.pad(x_nH, (0, 0, 0, missing)) if missing else x_nH
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -41,16 +48,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_x = torch.empty_like(x_nH) if needs_hidden else None
         d_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
         d_bias = hidden.new_zeros(vocabulary, dtype=exact) if needs_bias else None
-        step = min(max(1, CHUNK_BYTES // (4 * vocabulary)), max(1, len(kept)))
+        most = max(1, CHUNK_BYTES // (4 * vocabulary))
+        unit = ROWS if hidden.device.type == "cpu" and most >= ROWS else 1
+        step = min(most // unit, -(-max(1, len(kept)) // unit)) * unit
         gradient = any(ctx.needs_input_grad)
         with torch.autocast(hidden.device.type, enabled=False), borrowed((step, vocabulary), hidden.dtype, hidden.device) as buffer:
             for start in range(0, len(kept), step):
                 piece = slice(start, min(start + step, len(kept)))
-                x, z = x_nH[piece], buffer[: piece.stop - start]
+                x = _whole(x_nH[piece], unit)
+                z = buffer[: len(x)]
                 torch.mm(x, weight.t(), out=z) if bias is None else torch.addmm(bias, x, weight.t(), out=z)
-                loss += torch.ops.halfbyte.cross_entropy_(z, kept[piece], softcap, scale, gradient)
-                if d_x is not None:
+                loss += torch.ops.halfbyte.cross_entropy_(z[: piece.stop - start], kept[piece], softcap, scale, gradient)
+                z[piece.stop - start :] = 0
+                if d_x is not None and len(x) == piece.stop - start:
                     torch.mm(z, weight, out=d_x[piece])
+                elif d_x is not None:
+                    d_x[piece] = (z @ weight)[: piece.stop - start]
                 if d_weight is not None:
                     d_weight += z.t() @ x
                 if d_bias is not None:
