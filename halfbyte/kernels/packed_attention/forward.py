@@ -16,7 +16,7 @@ from typing import Any, no_type_check
 import numpy as np
 
 from halfbyte.kernels.native import native, store
-from halfbyte.kernels.packed_attention.layout import COLUMNS, QUERIES, ROWS, SCORES, WIDTH
+from halfbyte.kernels.packed_attention.layout import COLUMNS, QUERIES, ROWS, SCORES
 from halfbyte.kernels.packed_attention.packing import block_of, wide_rows_of
 
 ARGUMENTS = (
@@ -35,105 +35,59 @@ def room(heads: int, dim: int) -> int:
 
 @native(ARGUMENTS, T=("bf16", "f32"), lazy=True, apart=True)
 def forward() -> Callable[..., Any]:
-    from halfbyte.kernels.packed_attention.vectors import multiply_rows, row_cap, row_exp, row_max, take, transpose
+    from halfbyte.kernels.packed_attention.tiles import add_rows, scores_of, seen, softmax_row, transposed
+    from halfbyte.kernels.packed_attention.vectors import take
 
     @no_type_check
     def kernel(
         q, k, v, o, lse, items, counter, scratch, room, count, tokens, q_apart, k_apart, v_apart, heads, group, dim, window, scale,
         softcap, first, last,
     ):  # fmt: skip
-        wide = (dim + COLUMNS - 1) // COLUMNS * COLUMNS
-        deep = (dim + SCORES - 1) // SCORES * SCORES
+        wide, deep = (dim + COLUMNS - 1) // COLUMNS * COLUMNS, (dim + SCORES - 1) // SCORES * SCORES
         for slot in range(first, last):
             at_k = slot * room
-            at_v = at_k + SCORES * wide
-            at_q = at_v + SCORES * wide
+            at_v, at_q = at_k + SCORES * wide, at_k + 2 * SCORES * wide
             item = take(counter)
             while item < count:
                 begin, q0, q1 = np.int64(items[5 * item]), np.int64(items[5 * item + 1]), np.int64(items[5 * item + 2])
-                head0, many = np.int64(items[5 * item + 3]), np.int64(items[5 * item + 4])
-                at_o = at_q + many * QUERIES * deep
-                at_m = at_o + many * QUERIES * wide
-                at_l = at_m + many * QUERIES
-                at_s = at_l + many * QUERIES
-                rows = q1 - q0
-                tiles = (rows + ROWS - 1) // ROWS
+                head0, rows = np.int64(items[5 * item + 3]), q1 - q0
+                many, shared = np.int64(items[5 * item + 4]), head0 // group * dim
+                at_top = at_q + many * QUERIES * deep
+                at_total, at_s, at_o = at_top + many * QUERIES, at_top + 2 * many * QUERIES, at_top + QUERIES * (2 * many + SCORES)
                 for h in range(many):
                     block_of(q, q0 * q_apart + (head0 + h) * dim, q_apart, rows, dim, scale, scratch, at_q + h * QUERIES * deep)
                 for i in range(many * QUERIES):
-                    scratch[at_m + i] = _NONE
-                    scratch[at_l + i] = np.float32(0)
+                    scratch[at_top + i], scratch[at_total + i] = _NONE, np.float32(0)
                 key = max(begin, q0 - window + 1) if window > 0 else begin
                 keep = 0
                 while key < q1:
                     keys = min(SCORES, q1 - key)
                     # keys lie in the values' room until they are transposed
-                    wide_rows_of(k, key * k_apart + head0 // group * dim, k_apart, keys, dim, wide, scratch, at_v)
-                    for row in range(0, keys, WIDTH):
-                        panel = at_k + row // COLUMNS * wide * COLUMNS + row % COLUMNS
-                        for d in range(0, dim, WIDTH):
-                            transpose(scratch, at_v + row * wide + d, wide, panel + d * COLUMNS, COLUMNS)
-                    wide_rows_of(v, key * v_apart + head0 // group * dim, v_apart, keys, dim, wide, scratch, at_v)
+                    wide_rows_of(k, key * k_apart + shared, k_apart, keys, dim, wide, scratch, at_v)
+                    transposed(scratch, at_v, keys, dim, wide, at_k)
+                    wide_rows_of(v, key * v_apart + shared, v_apart, keys, dim, wide, scratch, at_v)
                     for h in range(many):
-                        at_h = at_q + h * QUERIES * deep
-                        for tile in range(tiles):
-                            start = q0 + tile * ROWS
-                            end = min(start + ROWS, q1)
-                            low = max(0, start - window + 1 - key) if window > 0 else 0
-                            high = min(keys, end - key)
-                            here = at_s + tile * ROWS * SCORES
-                            for panel in range(low // COLUMNS, (high + COLUMNS - 1) // COLUMNS):
-                                for d in range(0, dim, SCORES):
-                                    multiply_rows(
-                                        scratch, at_h + d * QUERIES + tile * ROWS * SCORES, 1, at_k + (panel * wide + d) * COLUMNS, COLUMNS,
-                                        here + panel * COLUMNS, SCORES, min(SCORES, dim - d), d,
-                                    )  # fmt: skip
-                            for token in range(start, end):
-                                row = token - q0
-                                left = max(0, token - window + 1 - key) if window > 0 else 0
-                                right = min(keys, token + 1 - key)
-                                at = at_s + row * SCORES
-                                out = at_o + (h * QUERIES + row) * wide
-                                if right <= left:
-                                    for c in range(low, high):
-                                        scratch[at + c] = np.float32(0)
-                                    continue
-                                skipped = left // WIDTH * WIDTH
-                                vectors = (right - skipped + WIDTH - 1) // WIDTH
-                                if softcap > 0:
-                                    row_cap(scratch, at + skipped, vectors, softcap)
-                                before = scratch[at_m + h * QUERIES + row]
-                                top = max(before, row_max(scratch, at + skipped, vectors, left - skipped, right - skipped))
-                                shift = top if top > _NONE else np.float32(0)
-                                total = row_exp(scratch, at + skipped, vectors, left - skipped, right - skipped, shift)
-                                for c in range(low, skipped):
-                                    scratch[at + c] = np.float32(0)
-                                for c in range(skipped + vectors * WIDTH, high):
-                                    scratch[at + c] = np.float32(0)
-                                if keep:
-                                    less = np.float32(math.exp(before - shift))
-                                    total += scratch[at_l + h * QUERIES + row] * less
-                                    if less != 1:
-                                        for c in range(wide):
-                                            scratch[out + c] *= less
-                                scratch[at_m + h * QUERIES + row] = top
-                                scratch[at_l + h * QUERIES + row] = total
-                            for panel in range(wide // COLUMNS):
-                                multiply_rows(
-                                    scratch, here + low, 1, at_v + low * wide + panel * COLUMNS, wide,
-                                    at_o + (h * QUERIES + tile * ROWS) * wide + panel * COLUMNS, wide, high - low, keep,
+                        for start in range(0, rows, ROWS):
+                            end = min(start + ROWS, rows)
+                            low, high = seen(q0 + start, key, keys, window)[0], seen(q0 + end - 1, key, keys, window)[1]
+                            here, line = at_s + start * SCORES, h * QUERIES + start
+                            scores_of(scratch, at_q + h * QUERIES * deep + start * SCORES, at_k, dim, wide, low, high, here)
+                            for row in range(end - start):
+                                left, right = seen(q0 + start + row, key, keys, window)
+                                softmax_row(
+                                    scratch, here + row * SCORES, left, right, low, high, softcap, at_top + line + row,
+                                    at_total + line + row, at_o + (line + row) * wide, wide, keep,
                                 )  # fmt: skip
+                            add_rows(scratch, here, low, high, at_v, wide, at_o + line * wide, keep)
                     keep = 1
                     key += SCORES
                 for h in range(many):
                     for row in range(rows):
-                        total = scratch[at_l + h * QUERIES + row]
-                        lse[(head0 + h) * tokens + q0 + row] = scratch[at_m + h * QUERIES + row] + np.float32(math.log(total))
-                        inverse = np.float32(1) / total
-                        source = at_o + (h * QUERIES + row) * wide
-                        target = ((q0 + row) * heads + head0 + h) * dim
+                        line, total = h * QUERIES + row, scratch[at_total + h * QUERIES + row]
+                        lse[(head0 + h) * tokens + q0 + row] = scratch[at_top + line] + np.float32(math.log(total))
+                        target, inverse = ((q0 + row) * heads + head0 + h) * dim, np.float32(1) / total
                         for c in range(dim):
-                            store(o, target + c, scratch[source + c] * inverse)
+                            store(o, target + c, scratch[at_o + line * wide + c] * inverse)
                 item = take(counter)
 
     return kernel

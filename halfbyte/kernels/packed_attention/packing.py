@@ -1,6 +1,6 @@
 """Rows of queries, keys, values and gradients as float32 blocks in the order the products read them; compiled into each kernel."""
 
-from halfbyte.kernels.native import inline, load
+from halfbyte.kernels.native import inline, load, store
 from halfbyte.kernels.packed_attention.layout import QUERIES, SCORES
 
 
@@ -20,3 +20,11 @@ def block_of(source, at, apart, rows, dim, scale, room, target):  # type: ignore
             place = target + (begin // SCORES * QUERIES + row) * SCORES
             for d in range(min(SCORES, dim - begin)):
                 room[place + d] = load(source, at + row * apart + begin + d) * scale
+
+
+@inline
+def rounded_rows_to(target, at, apart, rows, dim, wide, scale, room, source):  # type: ignore[no-untyped-def]
+    """The other way: rows of `wide` float32 numbers, times `scale`, rounded once to the type of `target`."""
+    for row in range(rows):
+        for d in range(dim):
+            store(target, at + row * apart + d, room[source + row * wide + d] * scale)

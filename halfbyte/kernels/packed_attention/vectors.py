@@ -33,6 +33,7 @@ _LOG2E, _LN2_HIGH, _LN2_LOW = 1.4426950408889634, 0.693359375, -2.12194440e-4
 _ROUND = 12582912.0  # 1.5 * 2^23
 _LOWEST, _HIGHEST = -87.0, 88.0  # below: 0; 88 only keeps the exponent in range, for no score is above its row's logsumexp
 Values = list[Any]
+_intrinsic: Any = intrinsic  # takes one argument more than the function that kernels call
 
 
 def _number(value: float) -> ir.Constant:
@@ -144,7 +145,7 @@ _P, _N, _F = types.CPointer(types.float32), types.int64, types.float32
 def _multiply(rows_apart: int) -> Any:
     """A product whose rows of `a` lie `rows_apart` elements apart: known when compiled, so that they need no registers."""
 
-    @intrinsic
+    @_intrinsic
     def multiply(_: Any, room: Any, a: Any, next_a: Any, b: Any, next_b: Any, c: Any, next_c: Any, depth: Any, keep: Any) -> Any:
         def body(build: Any, room: Any, a: Any, next_a: Any, b: Any, next_b: Any, c: Any, next_c: Any, depth: Any, keep: Any) -> None:
             wide = COLUMNS // WIDTH
@@ -177,7 +178,7 @@ multiply_columns: Any = _multiply(1)  # rows of a are columns in memory: transpo
 multiply_rows: Any = _multiply(SCORES)  # rows of a are rows of a block of scores, of queries or of gradients
 
 
-@intrinsic
+@_intrinsic
 def transpose(_: Any, room: Any, source: Any, next_source: Any, target: Any, next_target: Any) -> Any:
     """target[d, r] = source[r, d] for WIDTH rows and columns: blocks of half the size change places, then of a quarter, to 1."""
 
@@ -201,7 +202,7 @@ def transpose(_: Any, room: Any, source: Any, next_source: Any, target: Any, nex
     return _made(types.void(_P, _N, _N, _N, _N), body)
 
 
-@intrinsic
+@_intrinsic
 def row_dot(_: Any, room: Any, a: Any, b: Any, vectors: Any) -> Any:
     """sum_c a[c] b[c] over whole vectors."""
 
@@ -216,7 +217,7 @@ def row_dot(_: Any, room: Any, a: Any, b: Any, vectors: Any) -> Any:
     return _made(_F(_P, _N, _N, _N), body)
 
 
-@intrinsic
+@_intrinsic
 def row_max(_: Any, room: Any, at: Any, vectors: Any, low: Any, high: Any) -> Any:
     """Largest of columns low <= c < high; -inf where there is none."""
 
@@ -231,7 +232,7 @@ def row_max(_: Any, room: Any, at: Any, vectors: Any, low: Any, high: Any) -> An
     return _made(_F(_P, _N, _N, _N, _N), body)
 
 
-@intrinsic
+@_intrinsic
 def row_exp(_: Any, room: Any, at: Any, vectors: Any, low: Any, high: Any, shift: Any) -> Any:
     """s <- exp(s - shift) for low <= c < high, else 0; returns the sum."""
 
@@ -251,7 +252,7 @@ def row_exp(_: Any, room: Any, at: Any, vectors: Any, low: Any, high: Any, shift
     return _made(_F(_P, _N, _N, _N, _N, _F), body)
 
 
-@intrinsic
+@_intrinsic
 def row_grad(_: Any, room: Any, s: Any, d: Any, vectors: Any, low: Any, high: Any, lse: Any, delta: Any, inverse_cap: Any) -> Any:
     """s <- p = exp(s - lse), d <- p (d - delta) (1 - (s inverse_cap)^2) for low <= c < high, else 0."""
 
@@ -275,7 +276,7 @@ def row_grad(_: Any, room: Any, s: Any, d: Any, vectors: Any, low: Any, high: An
     return _made(types.void(_P, _N, _N, _N, _N, _N, _F, _F, _F), body)
 
 
-@intrinsic
+@_intrinsic
 def row_cap(_: Any, room: Any, at: Any, vectors: Any, cap: Any) -> Any:
     """s <- cap tanh(s / cap);  tanh|y| = (1 - e) / (1 + e),  e = exp(-2|y|)."""
 
@@ -297,13 +298,11 @@ def row_cap(_: Any, room: Any, at: Any, vectors: Any, cap: Any) -> Any:
     return _made(types.void(_P, _N, _N, _F), body)
 
 
-def _take(_: Any, counter: Any) -> Any:
+@_intrinsic
+def take(_: Any, counter: Any) -> Any:
     """The next number; each is given to one thread only."""
 
     def body(build: Any, counter: Any) -> Any:
         return build.atomic_rmw("add", counter, ir.Constant(_I64, 1), "monotonic")
 
     return _made(_N(types.CPointer(types.int64)), body)
-
-
-take: Any = intrinsic(_take)
