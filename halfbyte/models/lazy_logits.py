@@ -6,11 +6,14 @@
 In training the output layer answers with hidden states and weight instead of their product.  What transformers' own loss does with
 logits (cast, view, scale, soft-cap, cross entropy) is noted or answered; any other use of them makes them.  So a plain loop,
 transformers.Trainer and whoever reads `outputs.logits` work as before, and the usual case holds no (tokens, vocabulary) tensor.
+What is made is kept, so that what somebody writes into the logits, or into a part of them, is there for the next reader.  They have their
+own place in the graph: a gradient that comes back to them by way of a foreign autograd function reaches hidden states and weight.
 
 The output layer is taken over like a decoder layer: an instance of a subclass of its own class with the same parameters.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, cast
 
@@ -22,50 +25,94 @@ from halfbyte import surgery
 from halfbyte.kernels.linear_cross_entropy import linear_cross_entropy
 
 
-class LazyLogits(Tensor):
-    """softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), not computed yet; (..., V) like the logits it stands for."""
+@dataclass(frozen=True)
+class _Settings:
+    """What stands between the product and the logits; `bent`: the tanh has been taken, the factor behind it not yet."""
 
-    hidden: Tensor
-    head: nn.Linear
-    scale: float
-    softcap: float | None
-    bent: bool
+    shape: torch.Size
+    dtype: torch.dtype
+    scale: float = 1.0
+    softcap: float | None = None
+    bent: bool = False
 
-    @staticmethod
-    def of(
-        hidden: Tensor, head: nn.Linear, shape: torch.Size, dtype: torch.dtype, scale: float = 1.0, softcap: float | None = None,
-        bent: bool = False,
-    ) -> "LazyLogits":  # fmt: skip
-        """`bent`: the tanh has been taken, the factor behind it not yet."""
-        made: Any = torch.Tensor._make_wrapper_subclass(
-            LazyLogits, shape, dtype=dtype, device=hidden.device, requires_grad=hidden.requires_grad
-        )
-        made.hidden, made.head, made.scale, made.softcap, made.bent = hidden, head, scale, softcap, bent
-        return made
-
-    def with_(self, **changes: Any) -> "LazyLogits":
-        """The same with other settings."""
-        kept = {"shape": self.shape, "dtype": self.dtype, "scale": self.scale, "softcap": self.softcap, "bent": self.bent, **changes}
-        return LazyLogits.of(self.hidden, self.head, kept["shape"], kept["dtype"], kept["scale"], kept["softcap"], kept["bent"])
-
-    def made(self) -> Tensor:
+    def of(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The logits, differentiable."""
-        own = F.linear(self.hidden, self.head.weight, self.head.bias)
-        logits = own.to(self.dtype).reshape(self.shape)
+        logits = F.linear(hidden, weight, bias).to(self.dtype).reshape(self.shape)
         logits = logits if self.scale == 1.0 else logits * self.scale
         if self.bent:
             return torch.tanh(logits)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+
+class _Promise(torch.autograd.Function):
+    """The place of lazy logits in the graph: a gradient of logits that comes here is carried on, through logits made for it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: _Settings) -> Tensor:
+        ctx.parts, ctx.settings = (hidden, weight, bias), settings
+        made: Any = torch.Tensor._make_wrapper_subclass(LazyLogits, settings.shape, dtype=settings.dtype, device=hidden.device)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[:3]
+        leaves = [part if part is None else part.detach().requires_grad_(need) for part, need in zip(ctx.parts, needed)]
+        asked = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        with torch.enable_grad():
+            logits = ctx.settings.of(*leaves)
+        found = iter(torch.autograd.grad(logits, asked, upstream[0]))
+        return *(next(found) if need else None for need in needed), None
+
+
+class LazyLogits(Tensor):
+    """softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), not computed yet; (..., V) like the logits it stands for."""
+
+    hidden: Tensor
+    head: nn.Linear
+    settings: _Settings
+    source: "LazyLogits | None"
+    held: Tensor | None
+
+    @staticmethod
+    def of(hidden: Tensor, head: nn.Linear, settings: _Settings, source: "LazyLogits | None" = None) -> "LazyLogits":
+        """`source`: lazy logits that these are a view of."""
+        made: Any = _Promise.apply(hidden, head.weight, head.bias, settings)
+        made.hidden, made.head, made.settings, made.source, made.held = hidden, head, settings, source, None
+        return made
+
+    def with_(self, **changes: Any) -> "LazyLogits":
+        """The same with other settings."""
+        settings = replace(self.settings, **changes)
+        return LazyLogits.of(self.hidden, self.head, settings, self if settings == replace(self.settings, shape=settings.shape) else None)
+
+    def kept(self) -> Tensor | None:
+        """The logits where they, or those they are a view of, have been made."""
+        whole = None if self.held is not None or self.source is None else self.source.kept()
+        return self.held if whole is None else whole.view(self.settings.shape)
+
+    def made(self) -> Tensor:
+        """The logits, differentiable; made once, from then on every use is of this tensor."""
+        kept = self.kept()
+        if kept is None:
+            with torch.enable_grad():
+                if self.source is None:
+                    kept = self.held = self.settings.of(self.hidden, self.head.weight, self.head.bias)
+                else:
+                    kept = self.held = self.source.made().view(self.settings.shape)
+        return kept
+
     @classmethod
     def __torch_function__(cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        named = kwargs or {}
-        if getattr(function, "__name__", "") == "__get__":  # shape, dtype, device, requires_grad ...
-            with torch._C.DisableTorchFunctionSubclass():
-                return function(*args, **named)
-        answer = _answer(function, args, named)
-        if answer is not None:
-            return answer
+        named, name = kwargs or {}, getattr(function, "__name__", "")
+        lazy = args[0] if args and isinstance(args[0], LazyLogits) else None
+        if lazy is not None and lazy.kept() is None:
+            read = getattr(getattr(function, "__self__", None), "__name__", "") if name == "__get__" else ""
+            if name in _SIZES or (read and read not in ("data", "grad")):  # shape, dtype, device, requires_grad ...
+                with torch._C.DisableTorchFunctionSubclass():
+                    return function(*args, **named)
+            answer = _answer(function, args, named)
+            if answer is not None:
+                return answer
         return function(*_real(args), **_real(named))
 
     @classmethod
@@ -73,6 +120,10 @@ class LazyLogits(Tensor):
         cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         return function(*_real(args), **_real(kwargs or {}))
+
+
+# what asks for sizes and kinds alone
+_SIZES = {"size", "dim", "ndimension", "numel", "nelement", "element_size", "__len__", "is_floating_point", "is_complex", "get_device"}
 
 
 def _real(value: Any) -> Any:
@@ -85,19 +136,20 @@ def _real(value: Any) -> Any:
 
 
 def _answer(function: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """What stays lazy, and the loss; None for everything else."""
-    lazy = args[0] if args else None
-    if not isinstance(lazy, LazyLogits):
+    """What stays lazy, and the loss; None for everything else, and where nothing is recorded, as inside a foreign autograd function."""
+    lazy = args[0]
+    if not torch.is_grad_enabled():
         return None
-    if function is Tensor.float and lazy.dtype in (torch.bfloat16, torch.float16, torch.float32):
+    settings: _Settings = lazy.settings
+    if function is Tensor.float and settings.dtype in (torch.bfloat16, torch.float16, torch.float32):
         return lazy.with_(dtype=torch.float32)
     if function in (Tensor.view, Tensor.reshape) and not named and all(isinstance(size, int) for size in args[1:]):
-        sizes, vocabulary = args[1:], lazy.shape[-1]
-        if len(sizes) == 2 and sizes[1] == vocabulary:
-            return lazy.with_(shape=torch.Size([lazy.shape.numel() // vocabulary, vocabulary]))
+        sizes, vocabulary = args[1:], settings.shape[-1]
+        if len(sizes) == 2 and sizes[1] == vocabulary and sizes[0] in (-1, settings.shape.numel() // vocabulary):
+            return lazy.with_(shape=torch.Size([settings.shape.numel() // vocabulary, vocabulary]))
     if function in (Tensor.mul, Tensor.__mul__, Tensor.div, Tensor.__truediv__, torch.mul, torch.div) and len(args) == 2 and not named:
         return _times(lazy, args[1], function in (Tensor.div, Tensor.__truediv__, torch.div))
-    if function in (torch.tanh, Tensor.tanh) and not lazy.bent and lazy.softcap is None:
+    if function in (torch.tanh, Tensor.tanh) and not settings.bent and settings.softcap is None:
         return lazy.with_(bent=True)
     if function is F.cross_entropy:
         return _loss(*args, **named)
@@ -105,13 +157,14 @@ def _answer(function: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
 
 
 def _times(lazy: LazyLogits, factor: Any, divided: bool) -> LazyLogits | None:
-    if not isinstance(factor, (int, float)) or lazy.softcap is not None or not factor:
+    settings = lazy.settings
+    if not isinstance(factor, (int, float)) or settings.softcap is not None or not factor:
         return None
-    if not lazy.bent:
-        return lazy.with_(scale=lazy.scale / factor if divided else lazy.scale * factor)
+    if not settings.bent:
+        return lazy.with_(scale=settings.scale / factor if divided else settings.scale * factor)
     if divided:
         return None
-    return lazy.with_(bent=False, softcap=float(factor), scale=lazy.scale * factor)
+    return lazy.with_(bent=False, softcap=float(factor), scale=settings.scale * factor)
 
 
 def _loss(
@@ -121,10 +174,11 @@ def _loss(
     """F.cross_entropy of lazy logits (N, V); None where it is asked for something the fused loss does not do."""
     if weight is not None or size_average is not None or reduce is not None or label_smoothing or reduction not in ("mean", "sum"):
         return None
-    if ignore_index != -100 or lazy.bent or lazy.ndim != 2 or labels.ndim != 1 or labels.is_floating_point():
+    settings = lazy.settings
+    if ignore_index != -100 or settings.bent or len(settings.shape) != 2 or labels.ndim != 1 or labels.is_floating_point():
         return None
     hidden = lazy.hidden.reshape(-1, lazy.hidden.shape[-1])
-    total = linear_cross_entropy(hidden, lazy.head.weight, labels, bias=lazy.head.bias, softcap=lazy.softcap, scale=lazy.scale)
+    total = linear_cross_entropy(hidden, lazy.head.weight, labels, bias=lazy.head.bias, softcap=settings.softcap, scale=settings.scale)
     return total if reduction == "sum" else total / (labels != ignore_index).sum()
 
 
@@ -134,7 +188,7 @@ class LazyHead:
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) -> (..., V), lazily where gradients are recorded in training mode."""
         if self.training and torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):  # type: ignore[attr-defined]
-            return LazyLogits.of(x, self, torch.Size([*x.shape[:-1], self.out_features]), x.dtype)  # type: ignore[arg-type,attr-defined]
+            return LazyLogits.of(x, self, _Settings(torch.Size([*x.shape[:-1], self.out_features]), x.dtype))  # type: ignore[arg-type,attr-defined]
         return super().forward(x)  # type: ignore[misc]
 
 
