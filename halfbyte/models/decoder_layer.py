@@ -199,7 +199,9 @@ def weight_of(module: nn.Module) -> Callable[[torch.dtype], Tensor]:
 
 
 def _watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    """Somebody looks at its calls or has put another forward in its place."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
 
 
 def frozen(module: nn.Module) -> bool:

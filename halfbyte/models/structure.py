@@ -3,16 +3,20 @@
     fuse(model)     every decoder layer is taken over by `decoder_layer.FusedLayer`, or none, with the reason
 
 Names alone do not say what a layer computes (where a norm stands, in which order it casts, whether positions rotate), so the possible
-readings are tried in turn on what the model itself hands to the layer: twelve tokens of two packed samples go through the original
-once, each layer's input and output are noted, and the first reading that gives the output is taken.  Layers that agree in classes and
-in all plain settings share a reading.  A layer that no reading fits keeps the model on its original layers, for a batch without dense masks
-needs all layers to read boundaries.  Windows longer than the probe are taken from the settings; tests with short ones prove the rule.
+readings are tried on what the model itself hands to the layer: twelve tokens of two packed samples go through the original once, each
+layer's input is noted, and the reading nearest to what the layer makes of it is taken.  Both run in float32, on a copy of the layer
+where it is narrower: in bfloat16 one rounding of the residual stream hides which way positions rotate.  Layers that agree in classes
+and in all plain settings share a reading.  A layer that no reading fits keeps the model on its original layers, for a batch without
+dense masks needs all layers to read boundaries.  Windows longer than the probe are taken from the settings; tests with short ones
+prove the rule.
 
 Does not: LayerNorm, interleaved rotation, attention sinks, ALiBi.  `doctor MODEL` prints what was found.
 """
 
+import copy
+import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,7 @@ from halfbyte.models.transformers_calls import quiet
 
 TOKENS = (7, 5)
 ROUNDINGS = 16
+LAYER_ROUNDINGS = 128  # of float32, over a layer's sums of thousands of products; another structure is off by thousands more
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}
 NORM_PLACES = (
     ("input_layernorm", "", "post_attention_layernorm", ""),
@@ -66,8 +71,8 @@ class Unfit(Exception):
 @dataclass
 class _Seen:
     hidden: Tensor
-    angles: Any
-    output: Tensor
+    others: tuple[Any, ...]
+    named: dict[str, Any]
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -133,6 +138,8 @@ def _counted(layers: dict[str, nn.Module]) -> Fused:
 def _plans(model: Any, backbone: nn.Module, layers: dict[str, nn.Module]) -> dict[str, Plan]:
     if not layers:
         raise Unfit("no decoder layers with a self_attn were found")
+    if any("forward" in vars(module) for layer in layers.values() for module in layer.modules()):
+        raise Unfit("a module has a forward of its own, not that of its class")
     kinds = {name: _kind(layer) for name, layer in layers.items()}
     firsts: dict[Any, str] = {}
     for name, kind in kinds.items():
@@ -174,6 +181,11 @@ def _readings(layer: nn.Module) -> Iterator[Plan]:
     if any(_drops(name, module) for name, module in layer.named_modules()):
         raise Unfit("the layer has dropout of its own")
     norms = {name for name, child in layer.named_children() if "norm" in name}
+    beside = [name for name, child in layer.named_children() if not isinstance(child, (nn.Dropout, nn.Identity))]
+    own = [*dict(layer.named_parameters(recurse=False)), *dict(layer.named_buffers(recurse=False)), *beside]
+    unknown = sorted({*own} - {"self_attn", "mlp", *norms})
+    if unknown:
+        raise Unfit(f"{type(layer).__name__} has parts {', '.join(unknown)}")
     places = [place for place in NORM_PLACES if {name for name in place if name} == norms]
     if not places:
         raise Unfit(f"norms {', '.join(sorted(norms)) or 'without names'} are not placed in a known way")
@@ -213,6 +225,8 @@ def _window(attention: Any) -> int:
     if hasattr(attention, "sliding_window"):
         return int(attention.sliding_window or 0) if getattr(attention, "is_sliding", True) else 0
     config = attention.config
+    if "sliding_window" not in inspect.signature(type(config)).parameters:
+        return 0  # a key that stands in config.json without meaning to this architecture
     types = getattr(config, "layer_types", None)
     if types is not None and types[attention.layer_idx] != "sliding_attention":
         if types[attention.layer_idx] != "full_attention":
@@ -273,7 +287,7 @@ def _act(mlp: nn.Module) -> str:
 
 
 def _watch(model: Any, backbone: nn.Module, layers: dict[str, nn.Module]) -> tuple[dict[str, _Seen], Any]:
-    """What each of `layers` got and gave when two packed samples went through the original model."""
+    """What each of `layers` got when two packed samples went through the original model."""
     device = next(model.parameters()).device
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.tensor([[(7 * step + 3) % vocabulary for step in range(sum(TOKENS))]], device=device)
@@ -281,14 +295,13 @@ def _watch(model: Any, backbone: nn.Module, layers: dict[str, nn.Module]) -> tup
     seen: dict[str, _Seen] = {}
 
     def note(name: str) -> Any:
-        def after(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-            hidden = inputs[0] if inputs else named["hidden_states"]
-            result = output[0] if isinstance(output, tuple) else output
-            seen[name] = _Seen(hidden, named.get("position_embeddings"), result)
+        def before(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            others = {key: value for key, value in named.items() if key != "hidden_states"}
+            seen[name] = _Seen(inputs[0] if inputs else named["hidden_states"], inputs[1:], others)
 
-        return after
+        return before
 
-    handles = [layer.register_forward_hook(note(name), with_kwargs=True) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(note(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with evaluating(model), torch.no_grad():
             backbone(input_ids=ids, position_ids=positions, use_cache=False)
@@ -301,24 +314,33 @@ def _watch(model: Any, backbone: nn.Module, layers: dict[str, nn.Module]) -> tup
     return seen, rows
 
 
+def _wide(value: Any) -> Any:
+    """Every floating-point tensor of fewer than 32 bits in a structure of arguments, widened."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() and value.dtype.itemsize < 4 else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_wide(item) for item in value)
+    return {key: _wide(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
 @torch.no_grad()
 def _fitting(name: str, layer: nn.Module, readings: list[Plan], seen: _Seen, rows: Any) -> Plan:
-    """The first reading that gives what the original gave."""
-    wanted = seen.output.float().reshape(-1, seen.output.shape[-1])
-    hidden = seen.hidden.reshape(-1, seen.hidden.shape[-1])
-    added = (wanted - hidden.float()).abs().max().clamp_min(1e-30)
-    allowed = ROUNDINGS * torch.finfo(seen.output.dtype).eps * max(float(added), float(wanted.abs().max()) / 4)
-    nearest = float("inf")
-    with evaluating(layer):
-        for plan in readings:
-            if plan.rotary and not isinstance(seen.angles, tuple):
-                continue
-            found = run(layer, replace(plan), hidden, seen.angles, rows, "keep").float()
-            difference = float((found - wanted).abs().max())
-            if difference <= allowed:
-                return plan
-            nearest = min(nearest, difference)
-    raise Unfit(f"{type(layer).__name__} ({name}) computes something else: nearest {nearest:.2g}, allowed {allowed:.2g}")
+    """The nearest reading that gives what the original gives, with the MLP in parts where that does.  Raises Unfit where none does."""
+    narrow = any(parameter.is_floating_point() and parameter.dtype.itemsize < 4 for parameter in layer.parameters())
+    exact = copy.deepcopy(layer).float() if narrow or seen.hidden.dtype.itemsize < 4 else layer
+    hidden, others, named = _wide(seen.hidden), _wide(seen.others), _wide(seen.named)
+    flat, angles = hidden.reshape(-1, hidden.shape[-1]), named.get("position_embeddings")
+    with evaluating(exact):
+        output = exact(hidden, *others, **named)
+        wanted = (output[0] if isinstance(output, tuple) else output).reshape(flat.shape)
+        tried = [plan for plan in readings if isinstance(angles, tuple) or not plan.rotary]
+        differences = [float((run(exact, plan, flat, angles, rows, "keep") - wanted).abs().max()) for plan in tried]
+    nearest = min(differences, default=float("inf"))
+    allowed = LAYER_ROUNDINGS * torch.finfo(wanted.dtype).eps * max(float((wanted - flat).abs().max()), float(wanted.abs().max()) / 4)
+    if not nearest <= allowed:
+        raise Unfit(f"{type(layer).__name__} ({name}) computes something else: nearest {nearest:.2g}, allowed {allowed:.2g}")
+    fitting = [number for number, difference in enumerate(differences) if difference <= allowed]
+    return tried[min(fitting, key=lambda number: (not tried[number].gated, differences[number]))]
 
 
 __all__ = ["POLICIES", "Fused", "Unfit", "decoder_layers", "fuse", "is_fused", "set_policy"]
