@@ -76,9 +76,11 @@ class _Seen:
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """name -> layer of the model's longest list of equal-named layers that hold an attention."""
+    """name -> layer of a numbered list, for all that hold an attention."""
     return {
-        name: module for name, module in model.named_modules() if hasattr(module, "self_attn") and name.rpartition(".")[2].isdigit()
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "self_attn", None), nn.Module) and name.rpartition(".")[2].isdigit()
     }
 
 
@@ -138,6 +140,10 @@ def _counted(layers: dict[str, nn.Module]) -> Fused:
 def _plans(model: Any, backbone: nn.Module, layers: dict[str, nn.Module]) -> dict[str, Plan]:
     if not layers:
         raise Unfit("no decoder layers with a self_attn were found")
+    parents = {name.rpartition(".")[0] for name in layers}
+    others = {f"{parent}.{number}" for parent in parents for number, _ in model.get_submodule(parent).named_children()}
+    if others - set(layers):
+        raise Unfit(f"{len(others - set(layers))} of {len(others)} layers hold no self_attn")
     if any("forward" in vars(module) for layer in layers.values() for module in layer.modules()):
         raise Unfit("a module has a forward of its own, not that of its class")
     kinds = {name: _kind(layer) for name, layer in layers.items()}
@@ -192,6 +198,9 @@ def _readings(layer: nn.Module) -> Iterator[Plan]:
     forms = {name: _form(getattr(layer, name)) for name in norms}
     forms.update({name: _form(getattr(attention, name)) for name in ("q_norm", "k_norm") if name in parts})
     head_dim, heads, groups = _heads(attention)
+    widths = [heads + 2 * groups] if len(qkv) == 1 else [heads, groups, groups]
+    if any(getattr(parts[name], "out_features", None) != width * head_dim for name, width in zip(qkv, widths)):
+        raise Unfit(f"{type(attention).__name__} has projections of other widths than {heads} and {groups} heads of {head_dim}")
     inner = _inner(mlp)
     multiplier, softcap = getattr(layer, "residual_multiplier", 1.0), getattr(attention, "attn_logit_softcapping", None)
     for place, rotary, gated in product(places, (True, False), (_act(mlp), "") if inner else ("",)):

@@ -190,6 +190,14 @@ def test_a_window_counts_only_where_the_architecture_has_one() -> None:
     close(model(ids, use_cache=False).logits, wanted, 2e-5, "logits")
 
 
+def test_layers_without_attention_among_others_keep_the_model_as_it_is() -> None:
+    """They would be handed a mask that only own layers read."""
+    sizes = {**SIZES, "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8}
+    config = transformers.Qwen3NextConfig(**sizes, head_dim=8, linear_value_head_dim=8, num_experts=2, moe_intermediate_size=8)
+    found = fuse(transformers.Qwen3NextForCausalLM._from_config(config))
+    assert not found.layers and "no self_attn" in found.reason
+
+
 def test_a_forward_that_somebody_put_on_an_instance_is_kept() -> None:
     """As accelerate does; before and after the layers are taken over."""
     model = small("llama", *MODELS["llama"])
