@@ -47,8 +47,8 @@ def row_norms(weight_OI: Tensor, lora_a_RI: Tensor, lora_b_OR: Tensor, scaling: 
 
 
 def dora_gain(magnitude_O: Tensor, norm_O: Tensor) -> Tensor:
-    """g = magnitude / norm, (O,); the norm carries no gradient."""
-    return magnitude_O / norm_O.detach()
+    """g = magnitude / norm, (O,); the norm is `row_norms`, which carries no gradient."""
+    return magnitude_O / norm_O
 
 
 def merged_weight(weight_OI: Tensor, delta_OI: Tensor, magnitude_O: Tensor | None) -> Tensor:

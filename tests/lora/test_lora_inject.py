@@ -161,14 +161,15 @@ def inject_dtype(config: LoraConfig) -> set[torch.dtype]:
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("base", ["float32", "float16", "bfloat16", "nf4", "nf4 of bfloat16"])
-def test_compute_type_is_never_read_from_a_packed_weight(base: str, autocast: bool) -> None:
+@pytest.mark.parametrize("biased", [False, True])
+def test_compute_type_is_never_read_from_a_packed_weight(biased: bool, base: str, autocast: bool) -> None:
     """T39: the answer keeps the base's type and its values over all kinds of base, with and without autocast."""
     model = llama()
     model = model.to(getattr(torch, base.rpartition(" ")[2] if base != "nf4" else "float32"))
     model = quantized(model) if base.startswith("nf4") else model
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         before = logits_of(model)
-        inject(model, LoraConfig(rank=2))
+        inject(model, LoraConfig(rank=2, lora_bias=biased))
         after = logits_of(model)
         assert after.dtype == before.dtype
         assert torch.equal(after, before)
