@@ -28,6 +28,7 @@ import shutil
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -223,14 +224,21 @@ define void @halfbyte_share(ptr %slots) {{
 """
 
 
+def _openmp_in(maps: str) -> str:
+    """Path of GNU's OpenMP library in a text like /proc/self/maps, torch's own where there are several; empty where there is none."""
+    paths = [parts[5] for line in maps.splitlines() if len(parts := line.split(maxsplit=5)) == 6]
+    found = [path for path in paths if path.rpartition("/")[2].startswith("libgomp") and ".so" in path]
+    return next((path for path in found if "/torch" in path), found[0] if found else "")
+
+
 @cache
 def _team() -> tuple[Any, int, int]:
     """(GOMP_parallel, address of omp_get_thread_num, of omp_get_num_threads) of the library torch has loaded; None where there is none."""
     maps = Path("/proc/self/maps")
-    found = re.findall(r"\S*/libgomp[^/\s]*\.so[^/\s]*", maps.read_text()) if maps.is_file() else []
+    found = _openmp_in(maps.read_text()) if maps.is_file() else ""
     if not found:
         return None, 0, 0
-    library = ctypes.CDLL(found[0])
+    library = ctypes.CDLL(found)
     library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     library.GOMP_parallel.restype = None
     asked = (library.omp_get_thread_num, library.omp_get_num_threads)
@@ -373,9 +381,10 @@ def _folder() -> Path | None:
 
 def _read(path: Path | None) -> bytes | None:
     """The object code behind its checksum; None where there is none or it was changed."""
-    if path is None or not path.is_file():
+    try:
+        content = b"" if path is None else path.read_bytes()
+    except OSError:  # none yet, or another process has just removed the folder
         return None
-    content = path.read_bytes()
     return content[32:] if hashlib.sha256(content[32:]).digest() == content[:32] else None
 
 
@@ -388,4 +397,5 @@ def _write(path: Path | None, code: bytes) -> None:
         fresh.write_bytes(hashlib.sha256(code).digest() + code)
         os.replace(fresh, path)
     except OSError:
-        fresh.unlink(missing_ok=True)
+        with suppress(OSError):  # a file system that nobody can write to refuses this too
+            fresh.unlink(missing_ok=True)

@@ -182,3 +182,12 @@ def test_a_folder_that_goes_away_costs_a_compilation_only(tmp_path: Path) -> Non
     assert machinery._read(tmp_path / "gone" / "kernel.o") is None
     machinery._write(tmp_path / "kernel.o", b"code")
     assert machinery._read(tmp_path / "kernel.o") == b"code" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_torchs_threads_are_found_below_a_folder_with_blanks() -> None:
+    """A virtual environment may lie anywhere, and another package may bring a library of its own."""
+    line = "7f00-7f01 r-xp 00000000 08:01 42                         {}\n"
+    other, own = "/opt/my stuff/scikit_learn.libs/libgomp-a3.so.1.0.0", "/opt/my stuff/torch/lib/libgomp.so.1"
+    assert machinery._openmp_in(line.format(other)) == other
+    assert machinery._openmp_in(line.format(other) + "7f02-7f03 rw-p 00000000 00:00 0\n" + line.format(own)) == own
+    assert machinery._openmp_in(line.format("/usr/lib/libc.so.6")) == ""
