@@ -226,8 +226,7 @@ define void @halfbyte_share(ptr %slots) {{
 
 def _openmp_in(maps: str) -> str:
     """Path of GNU's OpenMP library in a text like /proc/self/maps, torch's own where there are several; empty where there is none."""
-    paths = [parts[5] for line in maps.splitlines() if len(parts := line.split(maxsplit=5)) == 6]
-    found = [path for path in paths if path.rpartition("/")[2].startswith("libgomp") and ".so" in path]
+    found = re.findall(r"^\S+ \S+ \S+ \S+ \S+ +(/.*/libgomp[^/\n]*\.so[^/\n]*)$", maps, re.MULTILINE)
     return next((path for path in found if "/torch" in path), found[0] if found else "")
 
 
