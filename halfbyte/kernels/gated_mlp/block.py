@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from halfbyte.kernels.gated_mlp import gated_act, gated_act_backward
 from halfbyte.kernels.lora_linear import Norm, Projection, project, project_backward
@@ -90,6 +91,7 @@ class _GatedMlp(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # a second derivative would be wrong, not missing
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         dout, norm, mlp, inner = upstream[0].contiguous(), ctx.norm, ctx.mlp, ctx.inner
         summed, rstd, *rest = ctx.saved_tensors

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from halfbyte.kernels.scratch import borrowed
 
@@ -75,6 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable  # a second derivative would be wrong, not missing
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (scalar,) = upstream
         d_hidden, d_weight, d_bias = ctx.saved_tensors

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from halfbyte.kernels.rms_norm import rms_norm as _rms_norm
@@ -68,6 +69,7 @@ class _LoraLinear(torch.autograd.Function):
         return project(h, projections, factors)
 
     @staticmethod
+    @once_differentiable  # a second derivative would be wrong, not missing
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, rstd, *factors = ctx.saved_tensors
         normed: Norm | None = ctx.normed
