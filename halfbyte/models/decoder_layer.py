@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,10 @@ class FusedLayer:
             return _again(self, x, angles, rows).view_as(hidden_states)
         return run(self, self.plan, x, angles, rows, self.policy).view_as(hidden_states)
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """How it is copied and sent to another process, where its class is made again."""
+        return empty, (type(self).__mro__[2],), self.__dict__
+
 
 def _again(layer: Any, x: Tensor, angles: Any, rows: Rows) -> Tensor:
     """The layer with nothing kept but x, on the host where the policy says so; its last product is not repeated."""
@@ -100,10 +104,15 @@ def class_for(original: Any) -> Any:
     return type(f"Fused{original.__name__}", (FusedLayer, original), {"__module__": __name__})
 
 
+def empty(original: Any) -> Any:
+    """An instance of the subclass without anything in it."""
+    kind = class_for(original)
+    return kind.__new__(kind)
+
+
 def take_over(original: nn.Module, plan: Plan, policy: str = "keep") -> nn.Module:
     """A layer that shares everything with `original` and runs as `plan` says."""
-    kind = class_for(cast(Any, type(original)))
-    layer = kind.__new__(kind)
+    layer = empty(type(original))
     layer.__dict__.update(original.__dict__)
     layer.__dict__["plan"], layer.__dict__["policy"] = plan, policy
     return layer

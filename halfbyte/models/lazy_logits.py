@@ -15,7 +15,7 @@ The output layer is taken over like a decoder layer: an instance of a subclass o
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -191,11 +191,21 @@ class LazyHead:
             return LazyLogits.of(x, self, _Settings(torch.Size([*x.shape[:-1], self.out_features]), x.dtype))  # type: ignore[arg-type,attr-defined]
         return super().forward(x)  # type: ignore[misc]
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """How it is copied and sent to another process, where its class is made again."""
+        return empty, (type(self).__mro__[2],), self.__dict__
+
 
 @cache
 def class_for(original: Any) -> Any:
     """The subclass of an output layer's class that answers lazily."""
     return type(f"Lazy{original.__name__}", (LazyHead, original), {"__module__": __name__})
+
+
+def empty(original: Any) -> Any:
+    """An instance of the subclass without anything in it."""
+    kind = class_for(original)
+    return kind.__new__(kind)
 
 
 def make_lazy(model: Any) -> bool:
@@ -206,8 +216,7 @@ def make_lazy(model: Any) -> bool:
     if type(head) is not nn.Linear:
         return False
     name = next(name for name, module in model.named_modules() if module is head)
-    kind = class_for(cast(Any, type(head)))
-    lazy = kind.__new__(kind)
+    lazy = empty(type(head))
     lazy.__dict__.update(head.__dict__)
     surgery.replace(model, name, lazy)
     return True

@@ -91,7 +91,10 @@ def announce(backbone: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, A
     if call.get("past_key_values") is not None or not (recording or call.get("use_cache") is False):
         return None
     seen = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
-    if seen is None or torch.is_autocast_enabled(seen.device.type) or call.get("output_attentions"):
+    weights = call.get("output_attentions")
+    if weights is None:
+        weights = getattr(getattr(backbone, "config", None), "output_attentions", False)
+    if seen is None or torch.is_autocast_enabled(seen.device.type) or weights:
         return None
     mask = call.get("attention_mask")
     if mask is not None and not isinstance(mask, Tensor):

@@ -4,6 +4,7 @@ The oracle is transformers' own model with the same weights and halfbyte's adapt
 """
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -266,6 +267,35 @@ def test_generation_and_hidden_states_are_the_originals() -> None:
     assert torch.equal(fused.generate(ids, max_new_tokens=5, do_sample=False), model.generate(ids, max_new_tokens=5, do_sample=False))
     assert len(fused(ids, output_hidden_states=True).hidden_states) == 4
     assert all(isinstance(layer, FusedLayer) for layer in decoder_layers(fused).values())
+
+
+def test_attention_weights_are_there_where_the_config_asks_for_them() -> None:
+    """Own ops have none, so such a call goes the inherited way."""
+    model = small("llama", *MODELS["llama"]).train()
+    model.set_attn_implementation("eager")
+    fuse(model)
+    model.config.output_attentions = True
+    assert len(model(batch("plain")["input_ids"]).attentions) == 3
+
+
+def test_a_model_on_own_layers_can_be_sent_to_another_process() -> None:
+    """Classes made at run time are made again there."""
+    model = adapted("llama").train()
+    fuse(model)
+    make_lazy(model)
+    sent = pickle.loads(pickle.dumps(model))  # noqa: S301 (bytes made here)
+    assert [type(one) for one in sent.modules()] == [type(one) for one in model.modules()]
+    assert torch.equal(sent(**batch("packed")).loss, model(**batch("packed")).loss)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """It would have been zero without a word."""
+    model = adapted("llama").train()
+    fuse(model)
+    states = model.get_input_embeddings()(batch("plain")["input_ids"]).detach().requires_grad_()
+    (slope,) = torch.autograd.grad(model(inputs_embeds=states).logits.square().sum(), states, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.square().sum().backward()
 
 
 def test_checkpointing_of_transformers_works_and_gives_the_same_gradients() -> None:
