@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from halfbyte.pages import page as pages
 from halfbyte.pages import plots, report
 
 HOSTILE = [
@@ -126,7 +127,7 @@ def test_one_file_that_needs_no_network_and_allows_no_script(tmp_path: Path) -> 
     assert policy is not None and policy.startswith("default-src 'none'; img-src data:;")
     assert "unsafe" not in policy and "script" not in policy
     style = re.search("<style>(.*?)</style>", page, re.DOTALL)
-    assert style is not None and report._style_hash(style.group(1)) in policy
+    assert style is not None and pages.style_hash(style.group(1)) in policy
     assert [(a["src"] or "")[:22] for tag, a in seen.tags if "src" in a] == ["data:image/png;base64,"]
     assert "http://" not in page and "https://" not in page
     for text in ("8", "12.5 s", "1.00 GiB", "5.00 %", "note plain", "before", "after"):

@@ -1,0 +1,95 @@
+"""What all pages share: text made fit to print, tables of text, and one self-contained HTML file written whole or not at all.
+
+Rows, prompts, answers, names and settings may come from anybody, so jinja2 escapes all of them, a content security policy forbids every
+script, form and request, and the only style that may apply is named by its hash.  What looks like a secret is blanked first, and control
+characters are dropped; very long texts are cut.
+"""
+
+import base64
+import hashlib
+import os
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from halfbyte.errors import StorageError
+from halfbyte.redact import secrets, terminal
+
+HERE = Path(__file__).resolve().parent
+LONGEST_TEXT = 4000
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table of text."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG with its heading and the words for those who do not see it."""
+
+    title: str
+    words: str
+    png: bytes
+    note: str = ""
+
+    @property
+    def base64(self) -> str:
+        """The bytes as a page carries them."""
+        return base64.b64encode(self.png).decode()
+
+
+def clean(text: str) -> str:
+    """Text without secrets and control characters."""
+    return terminal(secrets(text))
+
+
+def shown(value: object) -> str:
+    """A value as text that is fit to print: no secrets, no control characters, not endless."""
+    text = clean(str(value))
+    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + f" ... ({len(text):,} characters)"
+
+
+def shown_table(table: Table) -> Table:
+    """A table whose every text is fit to print."""
+    return Table(shown(table.title), [shown(cell) for cell in table.columns], [[shown(cell) for cell in row] for row in table.rows],
+                 shown(table.note))  # fmt: skip
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of this folder as a page; `style`, its hash and the version are given to it."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    style = (HERE / "report.css").read_text()
+    templates = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
+    return templates.get_template(template).render(
+        style=style, style_hash=style_hash(style), version=metadata.version("halfbyte"), **values
+    )
+
+
+def style_hash(style: str) -> str:
+    """The name of a style in a content security policy."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+
+
+def replace_file(path: Path, content: bytes) -> Path:
+    """Write a file whole or not at all; returns its path.  Raises StorageError."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        fresh.write_bytes(content)
+        fresh.replace(path)
+    except OSError as fault:
+        raise StorageError(
+            "the report must be writable",
+            code="E-STORE-080",
+            place=str(path),
+            found=fault.strerror or str(fault),
+            remedy="free some space or check the folder's permissions; the run itself is complete",
+        ) from fault
+    return path
