@@ -28,9 +28,11 @@ def widen(bits):  # type: ignore[no-untyped-def]
 
 @inline
 def narrow(value):  # type: ignore[no-untyped-def]
-    """The bits of the nearest bfloat16, ties to even; NaN stays NaN (the processor's own has zeros in the low bits)."""
-    bits = np.float32(value).view(np.uint32)
-    return np.uint16((bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16))
+    """The bits of the nearest bfloat16, ties to even; every NaN is 0x7FC0, for rounding its bits up could end at infinity or at -0."""
+    wide = np.float32(value)
+    bits = wide.view(np.uint32)
+    rounded = np.uint16((bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16))
+    return rounded if wide == wide else np.uint16(0x7FC0)
 
 
 @inline_fused

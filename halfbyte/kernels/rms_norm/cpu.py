@@ -11,41 +11,25 @@ from torch import Tensor
 
 from halfbyte.kernels.native import load, native, store
 from halfbyte.kernels.rms_norm import reference
+from halfbyte.kernels.scalars import narrow, widen
 
 STRIP = 64
 """Columns of the weight's gradient that one item sums over all rows."""
 
 
-@native("x: T*, w: f32*, y: T*, rstd: f32*, H: i64, eps: f32, twice: i64", T=("bf16", "f32"), fast=True, apart=True)
-def _norm(x: Any, w: Any, y: Any, rstd: Any, H: int, eps: float, twice: int, first: int, last: int) -> None:
-    for row in range(first, last):
-        at = row * H
-        total = np.float32(0)
-        for i in range(H):
-            value = load(x, at + i)
-            total += value * value
-        r = np.float32(1) / np.sqrt(total / np.float32(H) + eps)
-        rstd[row] = r
-        if twice:  # n is rounded on its own, then the product
-            for i in range(H):
-                store(y, at + i, load(x, at + i) * r)
-            for i in range(H):
-                store(y, at + i, load(y, at + i) * w[i])
-        else:
-            for i in range(H):
-                store(y, at + i, load(x, at + i) * r * w[i])
-
-
 @native(
-    "x: T*, residual: T*, summed: T*, w: f32*, y: T*, rstd: f32*, H: i64, eps: f32, twice: i64", T=("bf16", "f32"), fast=True, apart=True
-)
-def _add_norm(
-    x: Any, residual: Any, summed: Any, w: Any, y: Any, rstd: Any, H: int, eps: float, twice: int, first: int, last: int
+    "x: T*, residual: T*, summed: T*, w: f32*, y: T*, rstd: f32*, H: i64, eps: f32, added: i64, twice: i64",
+    T=("bf16", "f32"), fast=True, apart=True,
+)  # fmt: skip
+def _norm(
+    x: Any, residual: Any, summed: Any, w: Any, y: Any, rstd: Any, H: int, eps: float, added: int, twice: int, first: int, last: int
 ) -> None:  # fmt: skip
+    """Rows of `summed`, which are made first where `added` says so; `twice`: n is rounded to bfloat16 on its own, then the product."""
     for row in range(first, last):
         at = row * H
-        for i in range(H):
-            store(summed, at + i, load(x, at + i) + load(residual, at + i))
+        if added:
+            for i in range(H):
+                store(summed, at + i, load(x, at + i) + load(residual, at + i))
         total = np.float32(0)
         for i in range(H):
             value = load(summed, at + i)
@@ -54,9 +38,7 @@ def _add_norm(
         rstd[row] = r
         if twice:
             for i in range(H):
-                store(y, at + i, load(summed, at + i) * r)
-            for i in range(H):
-                store(y, at + i, load(y, at + i) * w[i])
+                store(y, at + i, widen(narrow(load(summed, at + i) * r)) * w[i])
         else:
             for i in range(H):
                 store(y, at + i, load(summed, at + i) * r * w[i])
@@ -104,13 +86,17 @@ def _factor(weight: Tensor, form: int) -> Tensor:
     return wide + 1 if form == 2 else wide
 
 
+def _twice(x: Tensor, form: int) -> bool:
+    return form == 0 and x.dtype == torch.bfloat16
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, form: int) -> tuple[Tensor, Tensor]:
     """x (..., H) -> (y (..., H), rstd (...))."""
     if x.dtype == torch.float16:
         return reference.rms_norm(x, weight, eps, form)
     x = x.contiguous()
     y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    _norm(rstd.numel(), x, _factor(weight, form), y, rstd, x.shape[-1], eps, form == 0)
+    _norm(rstd.numel(), None, None, x, _factor(weight, form), y, rstd, x.shape[-1], eps, False, _twice(x, form))
     return y, rstd
 
 
@@ -120,7 +106,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, form: 
         return reference.add_rms_norm(x, residual, weight, eps, form)
     x, residual = x.contiguous(), residual.contiguous()
     summed, y, rstd = torch.empty_like(x), torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    _add_norm(rstd.numel(), x, residual, summed, _factor(weight, form), y, rstd, x.shape[-1], eps, form == 0)
+    _norm(rstd.numel(), x, residual, summed, _factor(weight, form), y, rstd, x.shape[-1], eps, True, _twice(x, form))
     return summed, y, rstd
 
 
@@ -140,7 +126,7 @@ def rms_norm_weight_grad(dy: Tensor, x: Tensor, rstd: Tensor, form: int) -> Tens
     if x.dtype == torch.float16:
         return reference.rms_norm_weight_grad(dy, x, rstd, form)
     dy, x, rstd, width = dy.contiguous(), x.contiguous(), rstd.contiguous(), x.shape[-1]
-    rounds = form == 0 and x.dtype == torch.bfloat16
+    rounds = _twice(x, form)
     if rounds:
         n = torch.empty_like(x)
         _round_n(rstd.numel(), x, rstd, n, width)
