@@ -15,7 +15,9 @@ def evaluate(
     metrics: Annotated[
         str,
         typer.Option(
-            "--metrics", metavar="NAMES", help="Also let the model answer and score it: exact_match,rouge1,rouge2,rougeL,bleu,chrf."
+            "--metrics",
+            metavar="NAMES",
+            help="Also let the model answer and score it: exact_match,final_answer,rouge1,rouge2,rougeL,bleu,chrf.",
         ),
     ] = "",
     adapter: Adapter = None,

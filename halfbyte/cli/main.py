@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from halfbyte import redact
-from halfbyte.cli import chat, data, doctor, evaluate, generate, merge, plan, quantize, quickstart, train
+from halfbyte.cli import chat, compare, data, doctor, evaluate, generate, lr, merge, plan, quantize, quickstart, train
 from halfbyte.errors import HalfbyteError
 
 app = typer.Typer(
@@ -40,6 +40,8 @@ def _options(
 app.command("quickstart")(quickstart.quickstart)
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
+app.command("lr")(lr.lr)
+app.command("compare")(compare.compare)
 app.add_typer(data_app, name="data")
 data_app.command("check")(data.check)
 data_app.command("show")(data.show)

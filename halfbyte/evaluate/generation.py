@@ -3,17 +3,20 @@
 | metric                | scale  | by                                                                 |
 |-----------------------|--------|--------------------------------------------------------------------|
 | exact_match           | 0..1   | equal after surrounding white space is removed                     |
+| final_answer          | 0..1   | equal last numbers: what maths word problems are judged by          |
 | rouge1 rouge2 rougeL  | 0..1   | rouge-score, F measure with stemming, mean over rows, best reference |
 | bleu, chrf            | 0..100 | sacrebleu, over the whole corpus                                   |
 
 Sources: https://github.com/google-research/google-research/tree/master/rouge, https://github.com/mjpost/sacrebleu
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from halfbyte.errors import ConfigError, nearest
 
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 References = Sequence[str | Sequence[str]]
 
 
@@ -47,6 +50,24 @@ def _exact_match(predictions: list[str], references: list[list[str]]) -> dict[st
     return {"exact_match": hits / len(predictions)}
 
 
+def final_number(text: str) -> float | None:
+    """The last number of a text, without thousands commas; None where there is none.
+
+    >>> final_number("48+24 = 72\\n#### 1,072."), final_number("none")
+    (1072.0, None)
+    """
+    found = NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def _final_answer(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    hits = 0
+    for made, wanted in zip(predictions, references):
+        number = final_number(made)
+        hits += number is not None and any(number == final_number(one) for one in wanted)
+    return {"final_answer": hits / len(predictions)}
+
+
 def _rouge(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -75,5 +96,5 @@ def _chrf(predictions: list[str], references: list[list[str]]) -> dict[str, floa
 
 
 METRICS: dict[str, Callable[[list[str], list[list[str]]], dict[str, float]]] = {
-    "exact_match": _exact_match, "rouge": _rouge, "bleu": _bleu, "chrf": _chrf,
+    "exact_match": _exact_match, "final_answer": _final_answer, "rouge": _rouge, "bleu": _bleu, "chrf": _chrf,
 }  # fmt: skip

@@ -8,6 +8,7 @@ and counted.  A classifier gives the share of right labels and their macro F1.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.config import DataConfig, make
@@ -23,7 +24,7 @@ from halfbyte.models.generate import generate
 from halfbyte.models.load import token_limit
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
-METRICS = ("exact_match", *ROUGE, "bleu", "chrf")
+METRICS = ("exact_match", "final_answer", *ROUGE, "bleu", "chrf")
 COLUMNS = ("text_field", "label_field")
 
 
@@ -52,8 +53,25 @@ def evaluate_rows(
         return {**found, **evaluate_classes(opened.model, batches)}
     if not metrics:
         return found
-    examples = _read(opened, data, max_rows, "last-assistant").train
-    prompts = [prompt_of(example) for example in examples]
+    answered = answer_rows(opened, data, batch_size=batch_size, max_new_tokens=max_new_tokens, max_rows=max_rows)
+    return {**found, **scores(answered.answers, answered.references, metrics)}
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The model's greedy answers to the rows of a file, beside what it was asked and the rows' own answers."""
+
+    prompts: list[str]
+    references: list[str]
+    answers: list[str]
+
+
+def answer_rows(
+    opened: Opened, data: str | Path, *, batch_size: int = 8, max_new_tokens: int = 128, max_rows: int | None = None
+) -> Answered:
+    """Let the model answer each row's prompt.  Raises DataError where a row has none."""
+    read = _read(opened, data, max_rows, "last-assistant")
+    prompts = [prompt_of(example) for example in read.train]
     if not all(prompts):
         raise DataError(
             "answers can be scored only where a row has a prompt",
@@ -63,10 +81,11 @@ def evaluate_rows(
             expected="messages, prompt and completion, or alpaca",
             remedy="leave --metrics out: the loss needs no prompt",
         )
-    wanted = [row.input_ids[len(prompt) :] for row, prompt in zip(examples, prompts)]
-    references = [str(opened.tokenizer.decode(ids, skip_special_tokens=True)) for ids in wanted]
-    answers = generate(opened.model, opened.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    return {**found, **scores(answers, references, metrics)}
+    wanted = [row.input_ids[len(prompt) :] for row, prompt in zip(read.train, prompts)]
+    asked, references = ([str(opened.tokenizer.decode(ids, skip_special_tokens=True)) for ids in part] for part in (prompts, wanted))
+    return Answered(
+        asked, references, generate(opened.model, opened.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    )
 
 
 def scores(answers: Sequence[str], references: Sequence[str], metrics: Sequence[str]) -> dict[str, float]:

@@ -1,0 +1,42 @@
+"""`halfbyte lr`: the learning rate for a setting, from a few short runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halfbyte.cli.train import split_settings
+
+
+def lr(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG.yaml] [key=value]...",
+            show_default=False,
+            help="The settings of the run the rate is for, as `halfbyte train` takes them; a rate among them is where the sweep begins.",
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="M", help="Base: starter, a folder, a GGUF file or a Hub id.")] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Rows to train on: jsonl, json, csv or parquet.")] = None,
+    method: Annotated[str | None, typer.Option("--method", metavar="qlora|lora|full", help="What is trained.")] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the short runs; the same command goes on in it.")] = Path(
+        "runs/lr"
+    ),
+    rows: Annotated[int, typer.Option("--rows", help="Rows each short run trains on, spread evenly over the data.")] = 300,
+) -> None:
+    """Find the learning rate: three to five short runs around the default, and the highest stable one with its reason.
+
+    Give the rate to `halfbyte train` as optim.learning_rate. Stopped or killed, the same command goes on where it was.
+    """
+    from halfbyte.cli.terminal import say, table
+    from halfbyte.config import load_config
+    from halfbyte.studies.learning_rate import LINE_TITLES, alone
+
+    path, overrides = split_settings(settings or [])
+    flags = {name: value for name, value in (("model", model), ("data", data), ("method", method)) if value is not None}
+    config = load_config(path, overrides, flags)
+    found = alone(config, out, rows, say)
+    say(f"\n{config.method}, {found.steps:,} optimizer steps on {found.rows:,} rows, judged by rows that were not trained on\n")
+    say(table(LINE_TITLES, found.lines()))
+    say(f"\nnext     halfbyte train ... optim.learning_rate={found.rate:.3g}")

@@ -1,0 +1,208 @@
+"""Several settings on the same rows, tokens, seeds and evaluation, each at its own best learning rate: the table of a paper, measured here.
+
+    rows      written once                                     rows/
+    sweep     each setting's learning rate, on few rows        sweep/<setting>/x<factor>, sweep/<setting>.json
+    runs      one process a setting and seed                   runs/<setting>/seed-<n>, ....json
+    judged    general text before and after, task score        judged/<setting>/seed-<n>.json
+    result    comparison.json, .csv, .txt, .html
+
+A seed changes the order of the rows and the start of the adapter, not which rows.  Every stage leaves its outcome as a file that is there
+whole or not at all; a study that was killed and started again repeats only what had not ended, and because training repeats to the bit its
+table is that of an uninterrupted one, times and peak memory apart.  The last weights are judged, not the best ones: settings are compared
+after the same steps.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from halfbyte import devices
+from halfbyte.config import RunConfig
+from halfbyte.errors import ConfigError, DoesNotFitError
+from halfbyte.studies import learning_rate, rows
+from halfbyte.studies.arms import Arm
+from halfbyte.studies.runs import Folder, Say, call, failure, opened, read_json, require_same, train, write_json
+from halfbyte.units import seconds_text
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Score:
+    """A task score: the metric, of how many held-out rows, and the longest answer in tokens."""
+
+    metric: str
+    rows: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared, and how.
+
+    sweep_rows  rows of the short runs that find each learning rate; 0 takes optim.learning_rate as it is
+    general     a file of general text, None for Python's own prose, "none" to leave it out
+    jobs        runs side by side; with more than one, times and speeds disturb each other
+    """
+
+    arms: tuple[Arm, ...]
+    seeds: int = 3
+    sweep_rows: int = 300
+    general: str | None = None
+    score: Score | None = None
+    samples: int = 3
+    jobs: int = 1
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the table."""
+        values = {key: value for key, value in asdict(self).items() if key not in ("arms", "jobs")}
+        values["score"] = asdict(self.score) if self.score else None
+        settings = {arm.name: arm.config.model_dump(mode="json", exclude={"out"}) for arm in self.arms}
+        return {**values, "settings": settings, "versions": devices.versions()}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One setting's part of a finished study: its rate's sweep, the outcome of each seed's run, and how it was judged."""
+
+    arm: Arm
+    status: str
+    sweep: dict[str, Any] | None
+    runs: list[dict[str, Any]]
+    judged: list[dict[str, Any]]
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything the table is made of."""
+
+    study: Study
+    rows: dict[str, Any]
+    general: str
+    outcomes: list[Outcome]
+
+
+def run(study: Study, path: Path, say: Say) -> Results:
+    """Do all stages that have not been done in the folder `path`; returns what they found.
+
+    Raises ConfigError, DataError, CheckpointError where the folder holds another study, and what a run that failed said.
+    """
+    _check(study)
+    with opened(path, say) as folder:
+        require_same(folder.path / "study.json", study.identity())
+        found = rows.prepare(folder.path, study.arms[0].config, sweep_rows=study.sweep_rows)
+        text, words = (None, "") if study.general == "none" else rows.general_text(folder.path, study.general)
+        swept = _each(study.jobs, study.arms, lambda arm: _sweep(study, folder, arm, found))
+        trained = _train_all(study, folder, [(arm, sweep) for arm, (sweep, _) in zip(study.arms, swept)])
+        outcomes = []
+        for number, (arm, (sweep, error)) in enumerate(zip(study.arms, swept)):
+            runs = [trained[number, seed] for seed in range(study.seeds) if (number, seed) in trained]
+            status = next((one["status"] for one in runs if one["status"] != "finished"), "does not fit" if error else "finished")
+            error = error or next((one["error"] for one in runs if "error" in one), "")
+            judged = [_judge(study, folder, arm, seed, one, text) for seed, one in enumerate(runs)] if status == "finished" else []
+            outcomes.append(Outcome(arm, status, sweep, runs, judged, error))
+    return Results(study, found, words, outcomes)
+
+
+def _check(study: Study) -> None:
+    for arm in study.arms:
+        if arm.config.train.eval_every_steps is None:
+            raise ConfigError(
+                "settings are compared by their held-out loss, and nothing is evaluated", code="E-CONF-415", place="train.eval_every_steps",
+                found="null", remedy="leave it out", nothing_done="Nothing was trained.",
+            )  # fmt: skip
+    if study.seeds < 1:
+        raise ConfigError("a comparison needs at least one seed", code="E-CONF-416", place="--seeds", found=str(study.seeds),
+                          expected="1 or more; 3 give an interval worth looking at")  # fmt: skip
+
+
+def _each(jobs: int, items: Sequence[T], work: Callable[[T], R]) -> list[R]:
+    """`work` of every item, `jobs` at a time, in the order given."""
+    if jobs == 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(work, items))
+
+
+def _sweep(study: Study, folder: Folder, arm: Arm, found: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """(the sweep of a setting, why there is none): None and no reason where none was asked for."""
+    if study.sweep_rows == 0:
+        return None, ""
+    kept = folder.path / "sweep" / f"{arm.name}.json"
+    before = read_json(kept)
+    if before is None:
+        place = folder.path / "rows"
+        try:
+            sweep = learning_rate.find(
+                folder, f"sweep/{arm.name}", arm.config, rows=place / "sweep-train.jsonl", count=found["sweep-train"],
+                held_out=place / "sweep-held-out.jsonl",
+            )  # fmt: skip
+        except DoesNotFitError as fault:
+            return None, fault.found
+        before = sweep.as_dict()
+        write_json(kept, before)
+        folder.say(f"{arm.name}: learning rate {before['rate']:.3g} of {len(before['points'])} tried")
+    return before, ""
+
+
+def settings_of(study: Study, folder: Path, arm: Arm, seed: int, rate: float | None) -> RunConfig:
+    """Everything one run is told."""
+    config, place = arm.config, folder / "rows"
+    data = {"path": str(place / "train.jsonl"), "eval_path": str(place / "held-out.jsonl"), "eval_rows": "auto", "max_rows": None}
+    training: dict[str, Any] = {"seed": config.train.seed + seed, "keep_best": False, "sample_prompts": 0}
+    if "save_every_steps" not in config.train.model_fields_set:
+        training["save_every_steps"] = None  # a run that was cut off begins anew: cheaper than saving what is not needed
+    optim = {} if rate is None else {"learning_rate": rate}
+    return config.model_copy(update={
+        "data": config.data.model_copy(update=data), "train": config.train.model_copy(update=training),
+        "optim": config.optim.model_copy(update=optim),
+    })  # fmt: skip
+
+
+def _train_all(study: Study, folder: Folder, swept: Sequence[tuple[Arm, dict[str, Any] | None]]) -> dict[tuple[int, int], dict[str, Any]]:
+    """{(number of the setting, seed): outcome}; seed after seed, so that a look on the way sees all settings."""
+    pairs = [(number, seed) for seed in range(study.seeds) for number, (_, sweep) in enumerate(swept) if sweep or study.sweep_rows == 0]
+
+    def one(pair: tuple[int, int]) -> dict[str, Any]:
+        number, seed = pair
+        arm, sweep = swept[number]
+        folder.say(f"run {pairs.index(pair) + 1} of {len(pairs)}: {arm.name}, seed {seed}")
+        config = settings_of(study, folder.path, arm, seed, sweep["rate"] if sweep else None)
+        outcome = train(folder, f"runs/{arm.name}/seed-{seed}", config)
+        if outcome["status"] == "finished":
+            folder.say(f"  held-out loss {outcome['last_eval_loss']:.4f} nats/token in {seconds_text(outcome['seconds'])}")
+        else:
+            folder.say(f"  {outcome['status']}")
+        return outcome
+
+    return dict(zip(pairs, _each(study.jobs, pairs, one)))
+
+
+def _judge(study: Study, folder: Folder, arm: Arm, seed: int, outcome: dict[str, Any], general: Path | None) -> dict[str, Any]:
+    """General text and task score of one run, from a process of its own."""
+    place = folder.path / "judged" / arm.name
+    kept, log = place / f"seed-{seed}.json", place / f"seed-{seed}.log"
+    before: dict[str, Any] | None = read_json(kept)
+    if before is None:
+        folder.say(f"judging {arm.name}, seed {seed}")
+        place.mkdir(parents=True, exist_ok=True)
+        order = {
+            "run": str(folder.path / "runs" / arm.name / f"seed-{seed}"), "threads": outcome["threads"], "before": seed == 0,
+            "general": str(general) if general else None, "held_out": str(folder.path / "rows" / "held-out.jsonl"),
+            "score": asdict(study.score) if study.score else None, "samples": study.samples if seed == 0 else 0,
+        }  # fmt: skip
+        write_json(place / f"seed-{seed}.order.json", order)
+        if code := call(folder, ["halfbyte.studies.judge", str(place / f"seed-{seed}.order.json"), str(kept)], log):
+            raise failure(code, log)
+        before = dict(read_json(kept))
+    return before
+
+
+def absolute(study: Study) -> Study:
+    """The study with the whole path of its general text, so that it is found from any working directory."""
+    given = study.general
+    return study if given in (None, "none") else replace(study, general=str(Path(str(given)).expanduser().absolute()))

@@ -1,0 +1,88 @@
+"""Judge one finished run of a study in a process of its own: `python -m halfbyte.studies.judge ORDER.json ANSWER.json`.
+
+ORDER    {"run", "threads", "general": file or null, "before": bool, "held_out": file, "samples": count,
+          "score": {"metric", "rows", "max_new_tokens"} or null}
+ANSWER   general_after; general_before where it was asked for; score; answers [{"prompt", "reference", "answer"}]
+
+General text is judged before and after: before is the base in the storage this setting keeps it in, without its adapter, so the difference
+is what the training did, not what the storage did.  A classifier writes no text and is judged by its labels alone.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from halfbyte import devices, redact
+from halfbyte.config import load_config
+from halfbyte.errors import DataError, HalfbyteError
+from halfbyte.evaluate.opened import Opened, open_model
+from halfbyte.evaluate.rows import answer_rows, evaluate_rows, scores
+from halfbyte.studies.runs import write_json
+from halfbyte.train.run_folder import RunFolder
+
+SAMPLE_TOKENS = 96
+NO_PROMPTS = "E-DATA-082"
+
+
+def judged(order: dict[str, Any]) -> dict[str, Any]:
+    """The answer to an order; see the top of this module."""
+    run = Path(order["run"])
+    devices.set_threads(int(order["threads"]))
+    opened = open_model(run)
+    if opened.labels:
+        return {"score": evaluate_rows(opened, order["held_out"])["accuracy"]} if order["score"] else {}
+    found = _answers(opened, order)
+    if order["general"]:
+        found["general_after"] = float(evaluate_rows(opened, order["general"])["loss"])
+        if order["before"]:
+            found["general_before"] = float(evaluate_rows(_untrained(opened, run), order["general"])["loss"])
+    return found
+
+
+def _answers(opened: Opened, order: dict[str, Any]) -> dict[str, Any]:
+    """Scores of the model's own answers, and the first of these to look at; nothing for rows without prompts and no score asked for."""
+    wanted = order["score"]
+    count = max(order["samples"], wanted["rows"] if wanted else 0)
+    if count == 0:
+        return {}
+    tokens = wanted["max_new_tokens"] if wanted else SAMPLE_TOKENS
+    try:
+        answered = answer_rows(opened, order["held_out"], max_rows=count, max_new_tokens=tokens)
+    except DataError as fault:
+        if wanted or fault.code != NO_PROMPTS:
+            raise
+        return {}
+    rows = zip(answered.prompts, answered.references, answered.answers, strict=True)
+    found: dict[str, Any] = {"answers": [{"prompt": p, "reference": r, "answer": a} for p, r, a in list(rows)[: order["samples"]]]}
+    if wanted:
+        rows_scored = wanted["rows"]
+        found["score"] = scores(answered.answers[:rows_scored], answered.references[:rows_scored], [wanted["metric"]])[wanted["metric"]]
+    return found
+
+
+def _untrained(opened: Opened, run: Path) -> Opened:
+    """The base as this run stored it, without what was trained."""
+    if opened.located.adapter is not None:
+        opened.activate(None)
+        return opened
+    config = load_config(RunFolder(run).config)
+    return open_model(
+        config.model.name, revision=config.model.revision, dtype=config.model.dtype, template=config.model.template,
+        allow_download=config.model.allow_download,
+    )  # fmt: skip
+
+
+def main(arguments: list[str]) -> int:
+    """Read the order, write the answer; the border of this process, where an error becomes text and an exit code."""
+    order, answer = (Path(argument) for argument in arguments)
+    try:
+        write_json(answer, judged(json.loads(order.read_text(encoding="utf-8"))))
+    except HalfbyteError as error:
+        print(redact.terminal(redact.secrets(error.text())), file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
