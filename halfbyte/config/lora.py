@@ -26,8 +26,8 @@ class LoraConfig(Settings):
     """Scale by alpha / sqrt(rank) in place of alpha / rank, so that large ranks learn as fast as small ones."""
     dora: Switch = False
     """Learn the length of each weight row beside its direction (DoRA)."""
-    init: Literal["default", "gaussian", "pissa", "loftq"] = "default"
-    """How the factors begin: Kaiming and zero, Gaussian and zero, the base's largest singular directions, or its quantization error."""
+    init: Literal["default", "gaussian", "pissa", "loftq", "calibrated"] = "default"
+    """How the factors begin: Kaiming and zero, Gaussian and zero, largest directions of the base, its quantization error, its own start."""
     loftq_iterations: Annotated[int, Field(ge=1, le=100)] = 1
     """Rounds of quantizing and factoring the rest, for init loftq."""
     ranks: dict[str, Rank] = Field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from halfbyte.config.base import Settings, Switch
+from halfbyte.config.base import Auto, Count, Settings, Switch
 
 Blocksize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 
@@ -20,6 +20,10 @@ class QuantConfig(Settings):
     """Name patterns of layers to leave in 16 or 32 bits, added to those that are always left."""
     quantize_head: Switch = False
     """Quantize the output head too."""
+    calibrate: Auto | Switch = False
+    """Make a better base from the training rows first (needs the 16-bit model in memory once); auto: where 4 bits are known to cost."""
+    calibration_rows: Count = 128
+    """Training rows that the calibration reads."""
 
 
 class LoftqBase(Settings):

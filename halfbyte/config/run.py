@@ -25,8 +25,8 @@ SHORT_FORMS = {"model": "name", "data": "path"}
 class RunConfig(Settings):
     """Everything one training run is told."""
 
-    method: Literal["qlora", "lora", "full"] = "qlora"
-    """qlora: adapters on a quantized base; lora: adapters on a 16 or 32 bit base; full: every weight."""
+    method: Literal["qlora", "lora", "full", "auto"] = "qlora"
+    """qlora: adapters on a quantized base; lora: on a 16 or 32 bit one; full: every weight; auto: lora if it fits with room, else qlora."""
     out: str = Field(default="runs/run", min_length=1)
     """Folder the run writes; it must be new, or the run's own when resuming."""
     model: ModelConfig = Field(default_factory=ModelConfig)
@@ -63,4 +63,4 @@ class RunConfig(Settings):
         """
         if self.quant.format != "auto":
             return self.quant.format
-        return "nf4" if self.method == "qlora" else "none"
+        return "nf4" if self.method in ("qlora", "auto") else "none"

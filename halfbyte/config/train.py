@@ -18,8 +18,8 @@ class TrainConfig(Settings):
     """Sequences per forward pass; auto takes what fits into memory."""
     global_batch_size: Count = 16
     """Sequences per optimizer step."""
-    activations: Literal["keep", "recompute_mlp", "recompute", "offload"] = "keep"
-    """What is kept for the backward pass: everything; all but the MLP's inner part; each layer's input; that in host memory."""
+    activations: Literal["auto", "keep", "recompute_mlp", "recompute", "offload"] = "auto"
+    """What is kept for the backward pass: all; all but the MLP's inner part; each layer's input; that in host memory; auto: what fits."""
     eval_every_steps: Auto | Count | None = "auto"
     """Steps between evaluations; auto is about eight a run, null none."""
     save_every_steps: Auto | Count | None = "auto"

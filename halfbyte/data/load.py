@@ -24,7 +24,8 @@ from halfbyte.errors import DataError
 
 FORMAT = "halfbyte data 1"
 EVAL_SHARE, EVAL_MOST = 0.1, 200
-NOT_IN_DIGEST = {"path", "eval_path", "workers", "packing"}  # where the bytes lie, and how rows are put together later
+NOT_IN_DIGEST = {"path", "eval_path", "workers", "packing", "max_tokens"}
+"""Where the bytes lie, and how rows are put together later; what max_tokens does to a row shows in its tokens."""
 
 
 @dataclass(frozen=True)

@@ -99,11 +99,15 @@ def sized(text: str) -> Hardware:
 def this_machine() -> Hardware:
     """The accelerator that nvidia-smi names first, else this machine's processor with the memory that is free for a program now."""
     found = _driver_says()
-    _, available = devices.memory_bytes()
     if found is not None:
         name, free = found
-        return Hardware(name, "gpu", free, available)
-    return Hardware("this machine's processor", "cpu", available)
+        return Hardware(name, "gpu", free, devices.memory_bytes()[1])
+    return processor()
+
+
+def processor(own_bytes: int = 0) -> Hardware:
+    """This machine's processor with the memory that is free; `own_bytes` this program already holds, which a plan counts as its own."""
+    return Hardware("this machine's processor", "cpu", devices.memory_bytes()[1] + own_bytes)
 
 
 def _driver_says() -> tuple[str, int] | None:

@@ -11,7 +11,7 @@ base, then one on a dense base that just fits, then every weight.  docs/memory.m
 A setting fits when its plan and the margin of error (hardware.MARGIN) stay within the memory, and is tight when only the plan does.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from halfbyte.plan.activations import POLICIES, fused
@@ -20,7 +20,8 @@ from halfbyte.plan.memory import Memory, plan_memory
 from halfbyte.plan.setting import Setting
 from halfbyte.shape import ModelShape
 
-BATCH_TOKENS = {"cpu": 2048, "gpu": 8192}
+BATCH_TOKENS = {"cpu": 1024, "gpu": 8192}
+"""Tokens of a forward pass at which matrix products reach their full rate; more costs memory and gains nothing."""
 STATES = {"cpu": (("float32", False), ("int8", False)), "gpu": (("float32", False), ("int8", False), ("int8", True))}
 HEADROOM = 0.20
 FITS, TIGHT, NOT = "fits", "tight", "does not fit"
@@ -68,7 +69,7 @@ def batch_sizes(tokens: int, kind: str) -> list[int]:
     """Micro-batches to try, largest first: powers of two up to BATCH_TOKENS tokens.
 
     >>> batch_sizes(512, "cpu"), batch_sizes(100_000, "gpu")
-    ([4, 2, 1], [1])
+    ([2, 1], [1])
     """
     most = max(1, BATCH_TOKENS[kind] // tokens)
     return [2**power for power in range(most.bit_length() - 1, -1, -1)]
@@ -81,20 +82,28 @@ def offered(shape: ModelShape, setting: Setting, hardware: Hardware) -> list[str
     return [name for name in POLICIES if name not in without]
 
 
-def settings(shape: ModelShape, base: Setting, hardware: Hardware, fixed: frozenset[str] = frozenset()) -> Iterator[Setting]:
-    """What to try for the method of `base`, in order; names in `fixed` (policy, state, micro_batch_size) stay as they are."""
+def settings(
+    shape: ModelShape, base: Setting, hardware: Hardware, fixed: frozenset[str] = frozenset(), sizes: Sequence[int] = ()
+) -> Iterator[Setting]:
+    """What to try for the method of `base`, in order; names in `fixed` (policy, state, micro_batch_size) stay as they are.
+
+    sizes   micro-batches to try, the preferred first; none: `batch_sizes`
+    """
     policies = [base.policy] if "policy" in fixed else offered(shape, base, hardware)
     states = ((base.state, base.paged),) if "state" in fixed else STATES[hardware.kind]
-    sizes = [base.micro_batch_size] if "micro_batch_size" in fixed else batch_sizes(base.tokens, hardware.kind)
+    if not sizes:
+        sizes = [base.micro_batch_size] if "micro_batch_size" in fixed else batch_sizes(base.tokens, hardware.kind)
     for policy in policies:
         for state, paged in states:
             for size in sizes:
                 yield replace(base, policy=policy, state=state, paged=paged, micro_batch_size=size)
 
 
-def options(shape: ModelShape, base: Setting, hardware: Hardware, fixed: frozenset[str] = frozenset()) -> list[Option]:
+def options(
+    shape: ModelShape, base: Setting, hardware: Hardware, fixed: frozenset[str] = frozenset(), sizes: Sequence[int] = ()
+) -> list[Option]:
     """All that is tried for the method of `base`, judged."""
-    return [option(shape, setting, hardware) for setting in settings(shape, base, hardware, fixed)]
+    return [option(shape, setting, hardware) for setting in settings(shape, base, hardware, fixed, sizes)]
 
 
 def best(tried: list[Option]) -> Option:
@@ -136,7 +145,9 @@ def _changed(shape: ModelShape, one: Option, hardware: Hardware) -> Iterator[tup
     now = one.setting
     later = list(POLICIES)[list(POLICIES).index(now.policy) + 1 :]
     changes: list[tuple[str, Setting]] = [
-        (f"policy {name} ({POLICIES[name].cost})", replace(now, policy=name)) for name in offered(shape, now, hardware) if name in later
+        (f"train.activations={name} ({POLICIES[name].cost})", replace(now, policy=name))
+        for name in offered(shape, now, hardware)
+        if name in later
     ]
     if now.micro_batch_size > 1:
         changes.append(("train.micro_batch_size=1", replace(now, micro_batch_size=1)))

@@ -58,13 +58,15 @@ class Setting:
     device: str = "cpu"
 
     @classmethod
-    def of(cls, run: "RunConfig", *, dtype: str, tokens: int, micro_batch_size: int, policy: str, device: str) -> "Setting":
+    def of(
+        cls, run: "RunConfig", *, dtype: str, tokens: int, micro_batch_size: int, policy: str, device: str, trained_share: float = 1.0
+    ) -> "Setting":
         """The setting of a run whose `auto` values are decided."""
         lora = run.lora
         return cls(
             run.method, run.quant_format, run.quant.blocksize, run.quant.double_quant, run.quant.quantize_head, dtype, lora.rank,
             lora.targets, lora.exclude, lora.layers, tuple(lora.ranks.items()), lora.dropout, lora.dora, lora.lora_bias, lora.dtype,
-            lora.fully_trained, run.optim.state, run.optim.paged, policy, tokens, micro_batch_size, 1.0, device,
+            lora.fully_trained, run.optim.state, run.optim.paged, policy, tokens, micro_batch_size, trained_share, device,
         )  # fmt: skip
 
     def with_method(self, method: str) -> "Setting":

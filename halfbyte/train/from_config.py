@@ -1,10 +1,10 @@
 """RunConfig -> a finished run folder: the whole road, for the command line, for `hb.train` and for the tour.
 
-settings -> tokenizer and rows (cheap, so mistakes in the data are told first) -> model -> loop -> report
+settings -> tokenizer and rows (cheap, so mistakes in the data are told first) -> plan -> model -> loop -> report
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from halfbyte.config.run import RunConfig
@@ -15,8 +15,9 @@ from halfbyte.models.load import load_tokenizer, token_limit
 from halfbyte.models.packed_folder import settled
 from halfbyte.models.source import resolve
 from halfbyte.pages import report
+from halfbyte.plan.decide import Decision
 from halfbyte.redact import terminal
-from halfbyte.train import loop
+from halfbyte.train import loop, planning
 from halfbyte.train.loop import TrainResult
 from halfbyte.train.metrics import Observer
 from halfbyte.train.run_folder import RunFolder
@@ -24,19 +25,25 @@ from halfbyte.train.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that is ready to begin: its settings with the labels filled in, its rows and its model."""
+    """A run that is ready to begin: its settings with the labels filled in, its rows, its model, and its plan where there is one."""
 
     config: RunConfig
     data: TrainData
     assembled: Assembled
+    plan: Decision | None = None
 
 
 def prepare(config: RunConfig, *, resume: bool = False) -> Prepared:
-    """Read the rows, then load and assemble the model.  Raises what these raise, and ConfigError when the folder holds a run already."""
+    """Read the rows, make the plan, then load and assemble the model.
+
+    Raises what these raise: DoesNotFitError before anything is loaded; and ConfigError when the folder holds a run already.
+    """
     folder = RunFolder(Path(config.out))
     folder.check(resume=resume)
     source = resolve(config.model.name, revision=config.model.revision, allow_download=config.model.allow_download)
-    config = settled(config, source.folder)
+    if resume:
+        config = planning.as_begun(config, folder)
+    config = settled(planning.with_packed_base(config, source.folder), source.folder)
     data = load_data(
         config.data, load_tokenizer(source), model_limit=token_limit(source), template=config.model.template, labels=config.model.labels,
         now=folder.template_time() if resume else None,
@@ -46,8 +53,13 @@ def prepare(config: RunConfig, *, resume: bool = False) -> Prepared:
         logger().info("data: %s", terminal(note))
     if config.model.task == "sequence-classification" and not config.model.labels:
         config = config.model_copy(update={"model": config.model.model_copy(update={"labels": data.labels})})
+    plan = planning.plan_of(config, source.folder, data, resume=resume)
+    if plan is not None:
+        config = plan.config
+    if config.data.packing and config.data.max_tokens != "auto":  # a length that the plan chose
+        data = replace(data, report=replace(data.report, max_tokens=config.data.max_tokens))
     assembled = assemble(config)
-    return Prepared(anchored(config), data, assembled)
+    return Prepared(anchored(config), data, assembled, plan)
 
 
 def anchored(config: RunConfig) -> RunConfig:
@@ -64,7 +76,7 @@ def anchored(config: RunConfig) -> RunConfig:
 
 def train_prepared(prepared: Prepared, *, resume: bool = False, observers: Sequence[Observer] | None = None) -> TrainResult:
     """Run the loop and write the report."""
-    result = loop.run(prepared.config, prepared.assembled, prepared.data, resume=resume, observers=observers)
+    result = loop.run(prepared.config, prepared.assembled, prepared.data, resume=resume, observers=observers, plan=prepared.plan)
     report.write(result.run_folder)
     return result
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from halfbyte import devices
 from halfbyte.optim.param_groups import describe
+from halfbyte.plan.decide import lines as plan_lines
 from halfbyte.redact import secrets, terminal
 from halfbyte.train.identity import flatten, without_secrets
 from halfbyte.train.metrics import Header
@@ -32,6 +33,8 @@ def header_of(training: "Training") -> Header:
         ("memory", f"{bytes_text(devices.rss_bytes())} in use, {bytes_text(available)} of {bytes_text(total)} available"),
         ("folder", str(training.folder.path)),
     ]
+    if training.plan is not None:
+        lines += plan_lines(training.plan)
     if training.progress.step:
         lines.append(("resumes", f"after step {training.progress.step}"))
     return Header(

@@ -12,6 +12,7 @@ from halfbyte.config.run import RunConfig
 from halfbyte.data.load import TrainData
 from halfbyte.errors import HalfbyteError
 from halfbyte.models.assemble import Assembled
+from halfbyte.plan.decide import Decision
 from halfbyte.train import console, signals, trackers
 from halfbyte.train.metrics import Observer, Observers
 from halfbyte.train.run_folder import RunFolder
@@ -49,12 +50,14 @@ class TrainResult:
 
 
 def run(
-    config: RunConfig, assembled: Assembled, data: TrainData, *, resume: bool = False, observers: Sequence[Observer] | None = None
-) -> TrainResult:
+    config: RunConfig, assembled: Assembled, data: TrainData, *, resume: bool = False, observers: Sequence[Observer] | None = None,
+    plan: Decision | None = None,
+) -> TrainResult:  # fmt: skip
     """Train as `config` says, into the folder `config.out`; the model keeps the delivered weights.
 
     resume     go on from the newest checkpoint of that folder
     observers  who follows the run; by default the terminal.  metrics.jsonl and `train.trackers` are always served.
+    plan       what stands behind the settings that were `auto`; told at the start and kept in plan.json
 
     Raises ConfigError, CheckpointError, StorageError, NumericError, DoesNotFitError, EnvironmentFault, and Interrupted when a
     signal asked to stop and the run was saved.
@@ -67,7 +70,7 @@ def run(
     folder.open(resume=resume)
     audience = Observers([*(observers if observers is not None else [console.for_this_terminal()]), *services])
     with Saver(folder.path, keep=config.train.keep_checkpoints, verify=config.train.verify_checkpoints) as saver, signals.listen() as stop:
-        training = Training(config, assembled, data, items, folder, saver, stop, audience)
+        training = Training(config, assembled, data, items, folder, saver, stop, audience, plan)
         try:
             training.begin(resume)
             training.between_steps()

@@ -1,7 +1,8 @@
 """Every "auto" of the training settings as a number, from the model and the data; the result is what is logged and saved.
 
     learning rate      adapters: 5e-4 below 3 billion parameters, 2e-4 above; full: a tenth of that
-    micro-batch        the largest divisor of the global batch whose longest rows stay within the device's token budget
+    micro-batch        the largest divisor of the global batch whose longest rows stay within the device's token budget; where a plan was
+                       made (plan/decide.py), what it chose, as for activations
     evaluate, save     about eight times a run
 """
 
@@ -12,9 +13,9 @@ import torch
 
 from halfbyte import devices
 from halfbyte.config.run import RunConfig
+from halfbyte.plan.decide import divisors
+from halfbyte.plan.search import BATCH_TOKENS
 
-TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
-"""Tokens of a forward pass at which matrix products reach their full rate; more costs memory and gains nothing."""
 EVALUATIONS = 8
 LARGE_MODEL = 3_000_000_000
 
@@ -35,23 +36,16 @@ def learning_rate(method: str, total_params: int) -> float:
     return rate / 10 if method == "full" else rate
 
 
-def micro_batch_size(global_batch_size: int, longest: int, tokens_at_once: int) -> int:
-    """The largest divisor of the global batch size with at most `tokens_at_once` tokens; at least 1.
-
-    >>> micro_batch_size(16, 200, 1024), micro_batch_size(16, 5000, 1024)
-    (4, 1)
-    """
-    fitting = [size for size in range(1, global_batch_size + 1) if global_batch_size % size == 0 and size * longest <= tokens_at_once]
-    return max(fitting, default=1)
-
-
 def resolve(config: RunConfig, *, total_params: int, items: int, eval_items: int, longest: int, device: torch.device) -> RunConfig:
     """`config` without "auto" in `optim` and `train`; `longest` is the longest row in tokens."""
     steps = total_steps(config, items)
     every = math.ceil(steps / EVALUATIONS)
     train: dict[str, Any] = {}
     if config.train.micro_batch_size == "auto":
-        train["micro_batch_size"] = micro_batch_size(config.train.global_batch_size, longest, TOKENS_AT_ONCE.get(device.type, 8192))
+        most = BATCH_TOKENS["cpu" if device.type == "cpu" else "gpu"]
+        train["micro_batch_size"] = divisors(config.train.global_batch_size, longest, most)[0]
+    if config.train.activations == "auto":
+        train["activations"] = "keep"
     if config.train.eval_every_steps == "auto":
         train["eval_every_steps"] = every
     if eval_items == 0:

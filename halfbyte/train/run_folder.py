@@ -3,6 +3,7 @@
     config.yaml        every setting, resolved      environment.json   machine and versions
     metrics.jsonl      one line per step            run.json           the summary, and how the run ended
     samples.json       answers before and after     bad_batches.jsonl  rows of steps that were not finite, if there were any
+    plan.json          what was planned and why; estimates
     adapter/           the adapter, PEFT's format   model/             the whole model instead, for method full
     checkpoints/       see checkpoint.py            report.html, loss.png   written by halfbyte.pages
 """
@@ -41,6 +42,11 @@ class RunFolder:
     def environment(self) -> Path:
         """Machine and versions."""
         return self.path / "environment.json"
+
+    @property
+    def plan(self) -> Path:
+        """The plan the run began with: terms of memory, and the reasons of what was chosen."""
+        return self.path / "plan.json"
 
     @property
     def metrics(self) -> Path:
@@ -95,7 +101,7 @@ class RunFolder:
         model = [name for name in ("config.json", "adapter_config.json") if (self.path / name).exists()]
         if self.metrics.exists():
             return model
-        own = (self.config, self.environment, self.summary, self.samples, self.path / "report.html", self.path / "loss.png")
+        own = (self.config, self.environment, self.summary, self.samples, self.plan, self.path / "report.html", self.path / "loss.png")
         return model + [file.name for file in own if file.exists()]
 
     def open(self, *, resume: bool) -> None:

@@ -26,6 +26,7 @@ from halfbyte.models.token_loss import token_loss_sum
 from halfbyte.optim import param_groups
 from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.schedules import share_at, warmup_steps
+from halfbyte.plan.decide import Decision
 from halfbyte.train import delivery, faults, header, numeric_check, resolve, samples
 from halfbyte.train.bad_steps import BadSteps
 from halfbyte.train.identity import identity_of, text_digest
@@ -66,10 +67,10 @@ class Training:
 
     def __init__(
         self, config: RunConfig, assembled: Assembled, data: TrainData, items: Items, folder: RunFolder,
-        saver: Saver, stop: Stop, audience: Observers,
+        saver: Saver, stop: Stop, audience: Observers, plan: Decision | None = None,
     ) -> None:
         self.config, self.assembled, self.data, self.folder, self.saver = config, assembled, data, folder, saver
-        self.stop, self.audience, self.model = stop, audience, assembled.model
+        self.stop, self.audience, self.model, self.plan = stop, audience, assembled.model, plan
         self.began, self.seconds_before = time.monotonic(), 0.0
         devices.set_threads(int(config.train.threads))
         # rows of one length take the same blocks again; with rows of many lengths keeping them cost a third more memory and won no time
@@ -119,6 +120,8 @@ class Training:
         else:
             self.folder.bad_batches.unlink(missing_ok=True)  # of an attempt that took no step
         self.folder.write_start(self.config, self.data.now)
+        if self.plan is not None and not resume:
+            self.folder.write_json(self.folder.plan, self.plan.as_dict())
         self.metrics.cut(self.progress.metrics_offset)
         self.history = self.metrics.records()
         self.seconds_before = sum(record.get("seconds", 0.0) for record in self.history)

@@ -65,7 +65,7 @@ def test_the_first_change_is_the_cheapest_that_is_enough() -> None:
     one = option(LLAMA_8B, Setting(tokens=8192, micro_batch_size=1), place)
     assert one.verdict == NOT and one.memory.largest.name == "activations"
     change = first_change(LLAMA_8B, one, place)
-    assert change is not None and change.text.startswith("policy recompute_mlp") and change.option.verdict == FITS
+    assert change is not None and change.text.startswith("train.activations=recompute_mlp") and change.option.verdict == FITS
     assert change.saved == one.memory.total - change.option.memory.total
 
 

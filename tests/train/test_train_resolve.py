@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from halfbyte.config import RunConfig
+from halfbyte.plan.search import BATCH_TOKENS
 from halfbyte.train import resolve
 
 CPU = torch.device("cpu")
@@ -38,7 +39,7 @@ def test_micro_batches_divide_the_window_and_keep_to_the_token_budget() -> None:
         size = resolved(longest=longest).train.micro_batch_size
         assert isinstance(size, int)
         assert 16 % size == 0
-        assert size == 1 or size * longest <= resolve.TOKENS_AT_ONCE["cpu"]
+        assert size == 1 or size * longest <= BATCH_TOKENS["cpu"]
     assert resolved(train={"micro_batch_size": 2}).train.micro_batch_size == 2
 
 

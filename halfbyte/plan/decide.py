@@ -1,0 +1,225 @@
+"""The plan of a run: what was left `auto` is chosen, each with its reason, and what cannot fit is refused before a weight is loaded.
+
+    method                   lora where it fits with a fifth of the memory to spare, else qlora; full is never chosen for somebody
+    data.max_tokens          with packing: the length of a row, the longest that fits and still takes every sample
+    train.micro_batch_size   the largest divisor of the global batch that keeps to BATCH_TOKENS tokens and fits
+    train.activations        the first policy that fits: keep, recompute_mlp, recompute, offload
+
+What was written down stays; the search goes on around it (search.py).  A smaller micro-batch is tried before something is computed twice:
+it changes neither gradient nor arithmetic.  What is within the memory, but not by the margin of error, is let through with a word.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from halfbyte.config.run import RunConfig
+from halfbyte.errors import DoesNotFitError
+from halfbyte.plan.activations import POLICIES, own_layers
+from halfbyte.plan.hardware import Hardware
+from halfbyte.plan.search import BATCH_TOKENS, FITS, HEADROOM, NOT, TIGHT, Option, best, first_change, options
+from halfbyte.plan.setting import Setting
+from halfbyte.shape import ModelShape
+from halfbyte.units import bytes_text, percent_text
+
+AUTO_METHODS = ("lora", "qlora")
+GROUPS = {"train.micro_batch_size": "train", "train.activations": "train", "data.max_tokens": "data"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One setting that was `auto`: its dotted key, what it became, and why."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class RowsSeen:
+    """What is known of the rows once they are tokenized: tokens of each sample to train on and of the longest held-out one, the share of
+    tokens that carry a label, and the longest row that the settings allow."""
+
+    lengths: tuple[int, ...]
+    held_out: int
+    trained_share: float
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The settings without `auto` in what a plan decides, why, and the plan that stands behind them."""
+
+    config: RunConfig
+    choices: tuple[Choice, ...]
+    option: Option
+    place: Hardware
+    shape: ModelShape
+
+    @property
+    def certain(self) -> bool:
+        """Whether the plan knows this run's layers: own ones, for which activations are counted to the byte."""
+        return self.config.model.layers == "auto" and own_layers(self.shape)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is kept in the run's folder."""
+        memory = self.option.memory
+        return {
+            "estimate": True, "place": self.place.name, "available_bytes": self.place.memory_bytes, "predicted_peak_bytes": memory.total,
+            "verdict": self.option.verdict, "peak": memory.peak, "terms": [asdict(term) for term in memory.at(memory.peak)],
+            "chosen": [asdict(choice) for choice in self.choices],
+        }  # fmt: skip
+
+
+def divisors(global_batch_size: int, tokens: int, most: int) -> list[int]:
+    """Micro-batches to try, largest first: divisors of the global batch with at most `most` tokens at once, and 1.
+
+    >>> divisors(16, 200, 1024), divisors(6, 5000, 1024)
+    ([4, 2, 1], [1])
+    """
+    sizes = [size for size in range(global_batch_size, 0, -1) if global_batch_size % size == 0]
+    return [size for size in sizes if size == 1 or size * tokens <= most]
+
+
+def row_lengths(config: RunConfig, rows: RowsSeen) -> list[int]:
+    """Lengths of the longest row to plan for; more than one only where packing leaves it open.
+
+    Packed rows of a length that takes the longest sample take all of them, so no sample is lost by a shorter row.
+    """
+    longest = max(rows.lengths)
+    if not config.data.packing:
+        return [max(longest, rows.held_out)]
+    full = min(rows.max_tokens, sum(rows.lengths))
+    if config.data.max_tokens != "auto":
+        return [max(full, rows.held_out)]
+    lengths = [rows.max_tokens]
+    while lengths[-1] // 2 >= max(longest, rows.held_out, 2):
+        lengths.append(lengths[-1] // 2)
+    return lengths
+
+
+def with_method(config: RunConfig, method: str) -> RunConfig:
+    """The settings with the method decided."""
+    return config.model_copy(update={"method": method})
+
+
+def tried(config: RunConfig, shape: ModelShape, place: Hardware, rows: RowsSeen, dtype: str) -> list[Option]:
+    """All settings of the run's method that its open values allow, in the order of preference."""
+    train, found = config.train, []
+    fixed = {"state"} | ({"policy"} if train.activations != "auto" else set())
+    for tokens in row_lengths(config, rows):
+        given = train.micro_batch_size
+        sizes = divisors(train.global_batch_size, tokens, BATCH_TOKENS[place.kind]) if given == "auto" else [int(given)]
+        policy = "keep" if train.activations == "auto" else train.activations
+        base = Setting.of(
+            config, dtype=dtype, tokens=tokens, micro_batch_size=sizes[0], policy=policy, device=place.kind,
+            trained_share=rows.trained_share,
+        )  # fmt: skip
+        found += options(shape, base, place, frozenset(fixed), sizes)
+    return found
+
+
+def decide(config: RunConfig, shape: ModelShape, place: Hardware, rows: RowsSeen, dtype: str) -> Decision:
+    """The settings to train with; whether they fit says the decision's option.  Raises TargetError for targets that match nothing."""
+    methods = AUTO_METHODS if config.method == "auto" else (config.method,)
+    every = {method: tried(with_method(config, method), shape, place, rows, dtype) for method in methods}
+    found = {method: best(options) for method, options in every.items()}
+    method = _method(found, place) if config.method == "auto" else config.method
+    one, choices = found[method], []
+    if config.method == "auto":
+        choices.append(Choice("method", method, _why_method(method, found["lora"], place)))
+    if config.data.packing and config.data.max_tokens == "auto":
+        choices.append(Choice("data.max_tokens", one.setting.tokens, _why_length(one.setting.tokens, rows)))
+    if config.train.micro_batch_size == "auto":
+        choices.append(Choice("train.micro_batch_size", one.setting.micro_batch_size, _why_size(config, one, place)))
+    if config.train.activations == "auto":
+        choices.append(Choice("train.activations", one.setting.policy, _why_policy(one, every[method], place)))
+    return Decision(applied(config, choices), tuple(choices), one, place, shape)
+
+
+def applied(config: RunConfig, choices: Sequence[Choice]) -> RunConfig:
+    """The settings with these values in the place of their `auto`."""
+    update: dict[str, Any] = {}
+    for choice in choices:
+        group, _, name = choice.key.rpartition(".")
+        if group:
+            update[group] = update.get(group, getattr(config, group)).model_copy(update={name: choice.value})
+        else:
+            update[name] = choice.value
+    return config.model_copy(update=update)
+
+
+def _method(found: dict[str, Option], place: Hardware) -> str:
+    lora = found["lora"]
+    return "lora" if lora.verdict == FITS and lora.headroom(place) >= HEADROOM else "qlora"
+
+
+def _why_method(method: str, lora: Option, place: Hardware) -> str:
+    needed, there = bytes_text(lora.memory.total), bytes_text(place.memory_bytes)
+    if method == "lora":
+        return f"it needs {needed} of {there} (estimate), a fifth or more is left, and nothing is lost to 4 bits"
+    return f"lora would need {needed} of {there} (estimate), which does not leave a fifth"
+
+
+def _why_length(tokens: int, rows: RowsSeen) -> str:
+    if tokens == rows.max_tokens:
+        return "the model's limit, at most 1,024 tokens"
+    return f"packed rows of {rows.max_tokens:,} tokens do not fit, and the longest sample has {max(rows.lengths):,}"
+
+
+def _why_size(config: RunConfig, one: Option, place: Hardware) -> str:
+    size, most, tokens = one.setting.micro_batch_size, BATCH_TOKENS[place.kind], one.setting.tokens
+    if size < divisors(config.train.global_batch_size, tokens, most)[0]:
+        return f"larger ones of {tokens:,} tokens a row do not fit (estimate)"
+    if size == config.train.global_batch_size:
+        return f"the whole global batch; its longest row has {tokens:,} tokens"
+    return f"the largest divisor of {config.train.global_batch_size} that keeps to {most:,} tokens at once, {tokens:,} in the longest row"
+
+
+def _why_policy(one: Option, every: Sequence[Option], place: Hardware) -> str:
+    policy = one.setting.policy
+    if policy == "keep":
+        return "what the backward pass needs fits, so nothing is computed twice"
+    kept = min(other.memory.total for other in every if other.setting.policy == "keep")
+    there = bytes_text(place.memory_bytes)
+    return f"keeping all needs {bytes_text(kept)} of {there} (estimate); {POLICIES[policy].cost}"
+
+
+def require_room(decision: Decision) -> None:
+    """Raise DoesNotFitError where the plan needs more than is there: what it needs, the largest term, the first thing to change."""
+    one, place = decision.option, decision.place
+    if one.verdict != NOT:
+        return
+    term, change = one.memory.largest, first_change(decision.shape, one, place)
+    remedy = "take a smaller model, or a machine with more memory"
+    if change is not None:
+        then = bytes_text(change.option.memory.total)
+        enough = f"the plan is {then} then" if change.option.verdict != NOT else f"that alone is not enough: {then} are needed then"
+        remedy = f"{change.text}, which saves {bytes_text(change.saved)}; {enough}"
+    raise DoesNotFitError(
+        "a run must fit into memory before it starts", code="E-FIT-401",
+        place=f"method {one.setting.method}, {one.setting.micro_batch_size} x {one.setting.tokens:,} tokens at once,"
+        f" activations {one.setting.policy}",
+        found=f"{bytes_text(one.memory.total)} at the peak (estimate); the largest term is {term.name},"
+        f" {bytes_text(term.bytes)}: {term.formula}",
+        expected=f"at most {bytes_text(place.memory_bytes)}, what is free on {place.name}", remedy=remedy,
+        nothing_done="Nothing was loaded.",
+    )  # fmt: skip
+
+
+def lines(decision: Decision) -> list[tuple[str, str]]:
+    """What the header of a run says about its plan: (label, text)."""
+    one, place = decision.option, decision.place
+    term = one.memory.largest
+    peak = (
+        f"{bytes_text(one.memory.total)} at the peak of {bytes_text(place.memory_bytes)} free (estimate),"
+        f" the most of it {term.name} ({percent_text(term.bytes / one.memory.total)})"
+    )
+    if one.verdict == TIGHT:
+        peak += f"; that is within the margin of error, {percent_text(place.margin)}"
+    if one.verdict == NOT:
+        peak += "; more than is there"
+    if not decision.certain:
+        peak += "; high for transformers' own layers"
+    chosen = [("chosen", f"{choice.key}={choice.value}: {choice.reason}") for choice in decision.choices]
+    return [("plan", peak), *chosen]

@@ -1,0 +1,75 @@
+"""The plan of a run in the place where it starts: its base, its rows as they were tokenized, the memory that is free now.
+
+What the plan does not know (a family outside shape.py, targets that match nothing) it leaves to loading, which tells more; only
+`method: auto` cannot go on without it.  A resumed run keeps what its first start chose, from its own config.yaml, and is not refused.
+"""
+
+from pathlib import Path
+
+import torch
+
+from halfbyte import devices
+from halfbyte.config import load_config
+from halfbyte.config.rules import value_at
+from halfbyte.config.run import RunConfig
+from halfbyte.data.load import TrainData
+from halfbyte.errors import ModelError, UnsupportedError
+from halfbyte.log import logger
+from halfbyte.models.load import choose_dtype
+from halfbyte.models.packed_folder import storage_of
+from halfbyte.plan.decide import Choice, Decision, RowsSeen, applied, decide, require_room
+from halfbyte.plan.hardware import Hardware, processor
+from halfbyte.shape import ModelShape
+from halfbyte.train.run_folder import RunFolder
+
+DECIDED = ("method", "data.max_tokens", "train.micro_batch_size", "train.activations")
+
+
+def place_of(device: str) -> Hardware:
+    """Where this run computes, with the memory that is free there; what this process holds already counts as free on a processor."""
+    if devices.compute_device(device) == "cpu":
+        return processor(devices.rss_anon_bytes())
+    free, _ = torch.cuda.mem_get_info()
+    return Hardware(torch.cuda.get_device_name(), "gpu", int(free), devices.memory_bytes()[1])
+
+
+def rows_of(data: TrainData) -> RowsSeen:
+    """The rows as a plan sees them."""
+    report = data.report
+    return RowsSeen(
+        tuple(len(example.input_ids) for example in data.train), max((len(example.input_ids) for example in data.eval), default=0),
+        report.trained_tokens / report.tokens if report.tokens else 1.0, report.max_tokens,
+    )  # fmt: skip
+
+
+def as_begun(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """A resumed run's settings with what its start chose for `auto`, where its config.yaml is there.  Raises ConfigError."""
+    if not folder.config.is_file():
+        return config
+    begun = load_config(folder.config)
+    open_keys = [key for key in DECIDED if value_at(config, key) == "auto"]
+    return applied(config, [Choice(key, value_at(begun, key), "as at the start of the run") for key in open_keys])
+
+
+def with_packed_base(config: RunConfig, folder: Path) -> RunConfig:
+    """Method auto on a base that is already packed is qlora; anything else stays."""
+    if config.method != "auto" or storage_of(folder) is None:
+        return config
+    logger().info("method=qlora: the base is already packed")
+    return config.model_copy(update={"method": "qlora"})
+
+
+def plan_of(config: RunConfig, folder: Path, data: TrainData, *, resume: bool = False) -> Decision | None:
+    """The run's plan; None where the model is not known to a plan.  Raises DoesNotFitError unless resuming."""
+    try:
+        shape = ModelShape.read(folder)
+        dtype = str(choose_dtype(config.model.dtype)[0]).removeprefix("torch.")
+        decision = decide(config, shape, place_of(config.model.device), rows_of(data), dtype)
+    except (ModelError, UnsupportedError) as fault:
+        if config.method == "auto":
+            raise
+        logger().info("no plan for this run: %s", fault.rule)
+        return None
+    if not resume and decision.certain:
+        require_room(decision)
+    return decision

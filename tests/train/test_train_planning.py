@@ -1,0 +1,99 @@
+"""A run makes its plan before a weight is loaded: it refuses, chooses, says why, and a resumed run keeps what was chosen."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halfbyte.config import RunConfig, load_config
+from halfbyte.errors import DoesNotFitError, UnsupportedError
+from halfbyte.plan.decide import Choice, applied
+from halfbyte.plan.hardware import Hardware
+from halfbyte.train import from_config, loop, planning
+from tests.train.small_run import Stage
+from tests.train.tiny_runs import Quiet, data, uneven
+
+AUTO = {"train.micro_batch_size": "auto", "train.save_every_steps": 1, "train.eval_every_steps": None}
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    return Stage(tmp_path / "stage", changes=AUTO).prepare()
+
+
+def here(monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
+    monkeypatch.setattr(planning, "place_of", lambda device: Hardware("this machine's processor", "cpu", memory))
+
+
+def with_train(config: RunConfig, **values: Any) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update=values)})
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_loaded(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, 100 << 20)
+    monkeypatch.setattr(from_config, "assemble", lambda config: pytest.fail("the model was loaded"))
+    with pytest.raises(DoesNotFitError, match="E-FIT-401") as caught:
+        from_config.prepare(stage.config(tmp_path / "run"))
+    assert "the largest term is program" in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_choices_and_reasons_are_told_and_kept(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, 64 << 30)
+    out, ear = tmp_path / "run", Quiet()
+    asked = with_train(stage.config(out), max_steps=1).model_copy(update={"method": "auto"})
+    from_config.train_from_config(asked, observers=[ear])
+    saved = load_config(out / "config.yaml")
+    assert (saved.method, saved.train.micro_batch_size, saved.train.activations) == ("lora", 4, "keep")
+    kept = json.loads((out / "plan.json").read_text())
+    assert {one["key"]: one["value"] for one in kept["chosen"]} == {
+        "method": "lora", "train.micro_batch_size": 4, "train.activations": "keep"}  # fmt: skip
+    assert all(one["reason"] for one in kept["chosen"])
+    said = [text for label, text in ear.header.lines if label == "chosen"]
+    assert len(said) == 3 and said[0].startswith("method=lora: it needs")
+    assert any(label == "plan" and "estimate" in text for label, text in ear.header.lines)
+
+
+def test_a_resumed_run_keeps_what_its_start_chose(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With other memory a fresh start would choose otherwise; a resume neither does nor is refused for it."""
+    here(monkeypatch, 64 << 30)
+    out = tmp_path / "run"
+    asked = stage.config(out).model_copy(update={"method": "auto"})
+    from_config.train_from_config(with_train(asked, max_steps=1), observers=[Quiet()])
+    here(monkeypatch, 100 << 20)
+    ear = Quiet()
+    result = from_config.train_from_config(with_train(asked, max_steps=2), resume=True, observers=[ear])
+    assert result.steps == 2 and load_config(out / "config.yaml").method == "lora"
+    assert any("more than is there" in text for label, text in ear.header.lines if label == "plan")
+
+
+def test_a_packed_length_that_the_plan_chose_is_the_length_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(tmp_path / "stage", "lora, packed, 2 workers", changes={**AUTO, "data.max_tokens": "auto", "data.workers": 0}).prepare()
+    here(monkeypatch, 64 << 30)
+    config = stage.config(tmp_path / "run")
+    roomy = from_config.prepare(config)
+    assert roomy.config.data.max_tokens == roomy.data.report.max_tokens == 64  # the model's limit
+    assert roomy.plan is not None
+    shorter = Choice("data.max_tokens", 32, "for this test")
+    plan = replace(roomy.plan, config=applied(roomy.config, [shorter]), choices=(shorter,))
+    monkeypatch.setattr(planning, "decide", lambda *given: plan)
+    short = from_config.prepare(config)
+    assert short.data.digest == roomy.data.digest
+    packed = loop.items_of(short.config, short.data)
+    assert max(len(row.input_ids) for row in packed) <= 32 and len(packed) > len(loop.items_of(roomy.config, roomy.data))
+
+
+def test_a_family_that_no_plan_knows_is_left_to_loading(stage: Stage, tmp_path: Path) -> None:
+    config = stage.config(tmp_path / "run")
+    path = stage.root / "model" / "config.json"
+    path.write_text(path.read_text().replace('"llama"', '"unheard_of"'), encoding="utf-8")
+    with pytest.raises(UnsupportedError, match="E-UNSUP-901"):
+        planning.plan_of(config.model_copy(update={"method": "auto"}), path.parent, data(uneven(8)))
+    assert planning.plan_of(config, path.parent, data(uneven(8))) is None
+
+
+def test_memory_that_this_program_holds_already_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning.devices, "memory_bytes", lambda: (8 << 30, 5 << 30))
+    monkeypatch.setattr(planning.devices, "rss_anon_bytes", lambda: 1 << 30)
+    assert planning.place_of("cpu") == Hardware("this machine's processor", "cpu", 6 << 30)
