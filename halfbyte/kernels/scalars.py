@@ -52,3 +52,15 @@ def exp(x):  # type: ignore[no-untyped-def]
     y = np.float32(0) if x < _LOWEST else y
     y = _INF if x > _HIGHEST else y
     return x if x != x else y
+
+
+@inline_fused
+def exp_below(x):  # type: ignore[no-untyped-def]
+    """e^x of a float32 of at most 88, in fewer steps: a softmax subtracts its largest first.  Below -87.3 it stays at 1e-38; NaN stays."""
+    held = _LOWEST if x < _LOWEST else x
+    shifted = held * _INV_LN2 + _ROUND
+    k = shifted - _ROUND
+    r = (held - k * _LN2_HIGH) - k * _LN2_LOW
+    p = _ONE + r * (_ONE + r * (_C2 + r * (_C3 + r * (_C4 + r * (_C5 + r * _C6)))))
+    # k stands in the low bits of `shifted`: pushed up into the exponent it is 2^k
+    return p * np.uint32((np.float32(shifted).view(np.uint32) << np.uint32(23)) + np.uint32(0x3F800000)).view(np.float32)

@@ -23,7 +23,7 @@ from halfbyte.plan.setting import Setting, adapted, trained_params, trained_tens
 from halfbyte.quant.storage_cost import WIDTHS, bytes_of, bytes_of_experts
 from halfbyte.shape import ModelShape, Weight
 
-CHUNK_BYTES = 64 << 20  # fp32 logits of one chunk (kernels/linear_cross_entropy)
+CHUNK_BYTES = 96 << 20  # fp32 logits of one chunk (kernels/linear_cross_entropy)
 UPDATE_CHUNK = 4 << 20  # elements updated at once with 8-bit state (kernels/adamw/reference.py; its fast kernels need less)
 INT8_BLOCKSIZE, SMALLEST_INT8 = 256, 4096  # optim/state_storage
 MOMENTS = ("head", "layer", "update")
@@ -130,7 +130,7 @@ def _labelled(setting: Setting) -> int:
 
 
 def chunk_bytes(shape: ModelShape, setting: Setting) -> int:
-    """The buffer of logits: w V for each of as many rows as have 64 MiB of logits in fp32; none where the head gives all logits at once."""
+    """The buffer of logits: w V for each of as many rows as have 96 MiB of logits in fp32; none where the head gives all logits at once."""
     rows = min(_labelled(setting), max(1, CHUNK_BYTES // (4 * shape.vocab)))
     return rows * shape.vocab * WIDTHS[setting.dtype] if setting.head_dense else 0
 
@@ -182,7 +182,7 @@ def plan_memory(shape: ModelShape, setting: Setting, program_bytes: int = 0) -> 
         Term("optimizer", 0 if away else state, "always", _state_text(setting)),
         Term("activations", kept_bytes(shape, setting), "activations", _kept_text(shape, setting)),
         Term("head", head_bytes(shape, setting), "head", "last states and their gradients; that of the head where it is trained"),
-        Term("logits", chunk_bytes(shape, setting), "head" if setting.device == "gpu" else "always", "one chunk of 64 MiB in float32"),
+        Term("logits", chunk_bytes(shape, setting), "head" if setting.device == "gpu" else "always", "one chunk of 96 MiB in float32"),
         Term("workspace", workspace_bytes(shape, setting), "layer", "backward of one layer, and its largest matrix in full"),
         Term("update", update_bytes(shape, setting), "update", "temporaries of the optimizer's update"),
         Term("program", program_bytes, "always", "measured: interpreter and libraries before a model is loaded"),

@@ -10,7 +10,7 @@ from halfbyte.kernels.scratch import borrowed
 
 IGNORED = -100
 ROWS = 64
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 96 << 20
 """Logits of one chunk in fp32; in bfloat16 the same rows take half of it."""
 
 

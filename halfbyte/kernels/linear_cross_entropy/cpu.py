@@ -15,7 +15,7 @@ from torch import Tensor
 
 from halfbyte.kernels.linear_cross_entropy import reference
 from halfbyte.kernels.native import inline, inline_fused, load, native, store
-from halfbyte.kernels.scalars import exp
+from halfbyte.kernels.scalars import exp, exp_below
 
 BLOCK = 512
 """Columns between two looks at the maximum: 2 KiB of float32, well inside the nearest cache."""
@@ -74,10 +74,10 @@ def _rows(
             part = np.float32(0)
             if cap > 0:
                 for i in range(size):
-                    part += exp(cap * _tanh(load(z, begin + i) * shrink) - top)
+                    part += exp_below(cap * _tanh(load(z, begin + i) * shrink) - top)
             else:
                 for i in range(size):
-                    part += exp(load(z, begin + i) * scale - top)
+                    part += exp_below(load(z, begin + i) * scale - top)
             total += part
         true = load(z, at + labels[row])
         bend = _tanh(true * shrink) if cap > 0 else np.float32(0)
@@ -89,10 +89,10 @@ def _rows(
             if cap > 0:
                 for i in range(columns):
                     t = _tanh(load(z, at + i) * shrink)
-                    store(z, at + i, exp(cap * t - top) * (_ONE - t * t) * factor)
+                    store(z, at + i, exp_below(cap * t - top) * (_ONE - t * t) * factor)
             else:
                 for i in range(columns):
-                    store(z, at + i, exp(load(z, at + i) * scale - top) * factor)
+                    store(z, at + i, exp_below(load(z, at + i) * scale - top) * factor)
             store(z, at + labels[row], (exp(value - top) * share - _ONE) * (_ONE - bend * bend) * scale)
 
 
