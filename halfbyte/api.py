@@ -23,7 +23,7 @@ from halfbyte.errors import ConfigError
 from halfbyte.evaluate.opened import Opened, open_model
 from halfbyte.evaluate.rows import evaluate_rows
 from halfbyte.export.merged import Merged, merge_to_folder
-from halfbyte.export.quantized import Quantized, quantize_to_folder
+from halfbyte.export.quantized import Quantized, calibration, quantize_to_folder
 from halfbyte.lora import inject as injection
 from halfbyte.lora.inject import Injected
 from halfbyte.models import trainer_callback
@@ -188,10 +188,17 @@ def quantize(
     blocksize: int = 64,
     double_quant: bool = True,
     allow_download: bool = False,
+    calibrate: str | Path | None = None,
+    **options: Any,
 ) -> Quantized:
-    """Write a quantized copy of a model in bitsandbytes' format, with its size and error; see export/quantized.py."""
+    """Write a quantized copy of a model in bitsandbytes' format, with its size and error; see export/quantized.py.
+
+    calibrate   rows as for training: the scales are fitted to what they activate
+    options     with `calibrate`: start_rank (writes the low-rank start too), calibration_rows, seed, template
+    """
+    rows = calibration(calibrate, **options)
     return quantize_to_folder(
-        str(model), Path(out), format=format, blocksize=blocksize, double_quant=double_quant, allow_download=allow_download
+        str(model), Path(out), format=format, blocksize=blocksize, double_quant=double_quant, allow_download=allow_download, rows=rows
     )
 
 

@@ -3,6 +3,7 @@
 | the path is                         | base                                         | adapter          |
 |-------------------------------------|----------------------------------------------|------------------|
 | a run of method qlora or lora       | the run's model in the run's storage         | <run>/adapter    |
+| a run with quant.calibrate=true     | <run>/base                                   | <run>/adapter    |
 | a run of method full                | <run>/model                                  | none             |
 | an adapter folder inside a run      | as the run                                   | that folder      |
 | any other adapter folder            | `base`, or the base it names if that is here | that folder      |
@@ -29,6 +30,7 @@ from halfbyte.errors import AdapterError, ConfigError
 from halfbyte.evaluate.prompts import Messages, prompt_tokens, require_text
 from halfbyte.formats import peft
 from halfbyte.models import rope
+from halfbyte.models.calibrated_base import base_of_run
 from halfbyte.models.generate import generate
 from halfbyte.models.load import choose_dtype, load_model, load_tokenizer, task_of_folder
 from halfbyte.models.source import Source, resolve
@@ -54,14 +56,19 @@ def locate(name: str | Path, *, base: str | None = None) -> Located:
     if (path / "adapter_config.json").is_file():
         config = _run_config(path.parent)
         if base is None and config is not None:
-            base = config.model.name
+            base = _base_of(path.parent, config)
         return Located(base or _named_base(path), path, config)
     config = _run_config(path)
     if config is None:
         return Located(base or str(name))
     if config.method == "full":
         return Located(str(_trained(path, "model")), None, config)
-    return Located(base or config.model.name, _trained(path, "adapter"), config)
+    return Located(base or _base_of(path, config), _trained(path, "adapter"), config)
+
+
+def _base_of(run: Path, config: RunConfig) -> str:
+    """The base of a run: the model it names, or the calibrated one it made.  Raises ModelError when that is gone."""
+    return config.model.name if config.quant.calibrate is not True else str(base_of_run(run))
 
 
 def _run_config(folder: Path) -> RunConfig | None:
@@ -267,7 +274,7 @@ def _loftq_adapter(folder: Path | None) -> peft.PeftAdapter | None:
 def _storage(quant: str | QuantConfig | None, config: RunConfig | None) -> QuantConfig | None:
     """The storage asked for, or that of the run; None is as it lies in the folder."""
     if quant is None:
-        if config is None or config.quant_format == "none":
+        if config is None or config.quant_format == "none" or config.quant.calibrate is True:
             return None
         return config.quant.model_copy(update={"format": config.quant_format})
     if isinstance(quant, QuantConfig):

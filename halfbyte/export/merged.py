@@ -16,7 +16,7 @@ from torch import nn
 
 from halfbyte import surgery
 from halfbyte.errors import AdapterError, ConfigError
-from halfbyte.evaluate.opened import open_model
+from halfbyte.evaluate.opened import locate, open_model
 from halfbyte.export import folder, probe
 from halfbyte.lora.inject import updates
 from halfbyte.lora.layer import LoraLinear
@@ -88,6 +88,8 @@ def merge_to_folder(
             raise ConfigError("this choice is not known", code="E-CONF-083", place=name, found=value, expected=", ".join(legal),
                               nothing_done="Nothing was merged.")  # fmt: skip
     folder.require_new(out)
+    if onto == "original":
+        _require_own_base(run)
     opening: dict[str, Any] = {"base": model, "allow_download": allow_download, "force_base": force_base}
     opening["dtype"] = "float32" if dtype == "float32" else None
     opened = open_model(run, **opening)
@@ -125,6 +127,16 @@ def merge_to_folder(
     del opened, report
     difference = probe.compare(unmerged, _logits_of_folder(out, dtype))
     return Merged(out, onto, base, storage, dtype, count, dequantized, error, untied, folder.size_of(out), difference)
+
+
+def _require_own_base(run: str | Path) -> None:
+    """Raise AdapterError for an adapter that began on the error of a calibrated base: the original weights do not have that error."""
+    config = locate(run).config
+    if config is not None and (config.quant.calibrate is True or config.lora.init == "calibrated"):
+        raise AdapterError(
+            "the adapter of a calibrated base belongs to that base", code="E-ADAPT-084", place=str(run), found="--onto original",
+            expected="--onto trained", remedy="leave --onto out", nothing_done="Nothing was merged.",
+        )  # fmt: skip
 
 
 def _new_bias(layer: LoraLinear) -> bool:

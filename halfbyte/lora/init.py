@@ -6,6 +6,7 @@
 | gaussian | N(0, 1/R), standard deviation 1/R | 0 | equals the base's |
 | pissa    | sqrt(S_R / s) V_R^T of W = U S V^T | U_R sqrt(S_R / s) | equals the base's: the start is taken off again as two constants |
 | loftq    | factors of W - dequantize(Q), s divided out | | nearer to the unquantized model than the quantized base is |
+| calibrated | as they were written beside a calibrated base (calibrate/low_rank.py) | | the same, nearest on the calibration rows |
 
 An embedding begins with A = 0 and B ~ N(0, 1) for default and gaussian.  All draws happen in float32 on the CPU, so a seed means the same
 start on every device.  LoftQ quantizes the layer itself and therefore wants a dense base; the other three never change the base.
@@ -14,7 +15,7 @@ Sources: PiSSA https://arxiv.org/abs/2404.02948, LoftQ https://arxiv.org/abs/231
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,12 +36,13 @@ AdapterLayer = LoraLinear | LoraEmbedding | ExpertUpdate
 
 @dataclass(frozen=True)
 class Start:
-    """What a start may use: the layer's name for messages, the seeded draws, how LoftQ quantizes, and in how many rounds."""
+    """What a start may use: the layer's name, the seeded draws, how LoftQ quantizes, in how many rounds, and factors made beforehand."""
 
     name: str
     generator: torch.Generator
     quant: QuantConfig
     rounds: int = 1
+    begun: Mapping[str, tuple[Tensor, Tensor]] | None = None
 
 
 def fill(parameter: Tensor, value: Tensor) -> None:
@@ -126,4 +128,22 @@ def loftq(layer: AdapterLayer, start: Start) -> None:
     replace(layer.base if isinstance(layer.base, TrainedParts) else layer, "base", packed)
 
 
-INITS: dict[str, Callable[[AdapterLayer, Start], None]] = {"default": default, "gaussian": gaussian, "pissa": pissa, "loftq": loftq}
+def calibrated(layer: AdapterLayer, start: Start) -> None:
+    """The factors that were made for this layer when its base was calibrated; the default start for a layer without."""
+    if start.begun is None:
+        raise UnsupportedError(
+            "init calibrated needs the start that was written beside a calibrated base", code="E-UNSUP-049", place=start.name,
+            found="a model without one", expected="halfbyte train with quant.calibrate=true or with a base that has a start",
+            remedy="set lora.init=default, or load the adapter in the folder start with load_adapter",
+        )  # fmt: skip
+    if start.name not in start.begun:
+        default(layer, start)
+        return
+    lora_a, lora_b = start.begun[start.name]
+    fill(layer.lora_a, lora_a)
+    fill(layer.lora_b, lora_b)
+
+
+INITS: dict[str, Callable[[AdapterLayer, Start], None]] = {
+    "default": default, "gaussian": gaussian, "pissa": pissa, "loftq": loftq, "calibrated": calibrated,
+}  # fmt: skip

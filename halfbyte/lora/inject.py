@@ -9,10 +9,11 @@ Does not read or write files (formats/peft.py) and does not choose names (target
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from halfbyte.config.lora import LoraConfig
 from halfbyte.config.quant import QuantConfig
@@ -89,8 +90,13 @@ def total_parameters(model: nn.Module) -> int:
     return packed + sum(parameter.numel() for parameter in model.parameters())
 
 
-def inject(model: nn.Module, config: LoraConfig, *, seed: int = 0, quant: QuantConfig | None = None, start: bool = True) -> Injected:
+def inject(
+    model: nn.Module, config: LoraConfig, *, seed: int = 0, quant: QuantConfig | None = None, start: bool = True,
+    begun: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> Injected:  # fmt: skip
     """Wrap the targets, freeze the rest, return what was done.  `quant` says how init loftq quantizes (default: nf4).
+
+    `begun` holds (A, B) by module name for init calibrated.
 
     With start=False the factors are zero and the base is as it was, whatever `init` says: for values that come from a file.
 
@@ -111,7 +117,7 @@ def inject(model: nn.Module, config: LoraConfig, *, seed: int = 0, quant: QuantC
     generator = torch.Generator().manual_seed(seed)
     for name, update in _wrap(model, config, names, kinds).items():
         if start:
-            INITS[config.init](update, Start(name, generator, recipe, config.loftq_iterations))
+            INITS[config.init](update, Start(name, generator, recipe, config.loftq_iterations, begun))
         if not isinstance(update, ExpertUpdate):
             update.start_magnitude()
     trained = sum(parameter.numel() for _, parameter in trainable(model))

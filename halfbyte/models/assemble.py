@@ -7,7 +7,8 @@
 | qlora  | packed (quant.format)  | adapters         |
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,6 +17,7 @@ from halfbyte.config.run import RunConfig
 from halfbyte.data.templates import from_tokenizer
 from halfbyte.devices import compute_device
 from halfbyte.lora.inject import Injected, inject, total_parameters
+from halfbyte.models.calibrated_base import read_start
 from halfbyte.models.load import choose_dtype, load_model, load_tokenizer
 from halfbyte.models.packed_folder import settled
 from halfbyte.models.packing_probe import require_separate
@@ -47,17 +49,22 @@ class Assembled:
     fused: Fused = NOT_FUSED
 
 
-def assemble(config: RunConfig, *, for_training: bool = True) -> Assembled:
+def assemble(config: RunConfig, *, for_training: bool = True, base: Path | None = None) -> Assembled:
     """Load the base as the config says, put adapters in where the method has them, and set what trains.
 
-    With for_training=False nothing asks for a gradient.  Raises UnsupportedError for packed rows on a model that mixes their samples.
+    `base` is the calibrated folder that stands in for the model (quant.calibrate).  With for_training=False nothing asks for a
+    gradient.  Raises UnsupportedError for packed rows on a model that mixes their samples.
     """
-    source = resolve(config.model.name, revision=config.model.revision, allow_download=config.model.allow_download)
-    config = settled(config, source.folder)
+    assert config.method != "auto"  # a plan has chosen (plan/decide.py)
+    if base is None:
+        source = resolve(config.model.name, revision=config.model.revision, allow_download=config.model.allow_download)
+        config = settled(config, source.folder)
+    else:
+        source = replace(resolve(str(base)), name=config.model.name)
     quant = config.quant.model_copy(update={"format": config.quant_format})
     dtype, reason = choose_dtype(config.model.dtype)
-    # LoftQ quantizes the dense layers itself, together with their factors.
-    at_load = None if config.method != "full" and config.lora.init == "loftq" else quant
+    # LoftQ quantizes the dense layers itself, together with their factors; a calibrated base is as it lies.
+    at_load = None if base is not None or (config.method != "full" and config.lora.init == "loftq") else quant
     model = load_model(
         source, dtype=config.model.dtype, quant=at_load, task=config.model.task, labels=config.model.labels,
         attention=config.model.attention,
@@ -68,7 +75,8 @@ def assemble(config: RunConfig, *, for_training: bool = True) -> Assembled:
         tokenizer.chat_template = from_tokenizer(tokenizer, config.model.template).source
     if config.model.task == "sequence-classification":
         model.config.pad_token_id = tokenizer.pad_token_id
-    injected = None if config.method == "full" else inject(model, config.lora, seed=config.train.seed, quant=quant)
+    begun = read_start(model, source.folder, config.lora) if config.method != "full" and config.lora.init == "calibrated" else None
+    injected = None if config.method == "full" else inject(model, config.lora, seed=config.train.seed, quant=quant, begun=begun)
     if injected is None:
         model.requires_grad_(True)
     if not for_training:

@@ -66,6 +66,13 @@ def settled(config: RunConfig, folder: Path) -> RunConfig:
             found=f"method {config.method} with a base in {have.format}", expected="method qlora",
             remedy="set method=qlora, or name the model's 16-bit folder", nothing_done="Nothing was trained.",
         )  # fmt: skip
+    if config.quant.calibrate is True:
+        raise ModelError(
+            "a base is calibrated while it is quantized, from 16 or 32 bits", code="E-MODEL-046", place=str(folder),
+            found=f"a folder that is already in {have.format}, with quant.calibrate=true", expected="the model's 16-bit folder",
+            remedy="set quant.calibrate=false (lora.init=calibrated if it has a start), or name the 16-bit folder",
+            nothing_done="Nothing was trained.",
+        )  # fmt: skip
     require_agreement(config.quant, have, folder)
     return config.model_copy(update={"quant": have})
 

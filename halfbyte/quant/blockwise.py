@@ -11,12 +11,14 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from halfbyte.errors import WeightError
 from halfbyte.kernels import listing
 from halfbyte.kernels.dequantize_blockwise import dequantize_blockwise, dequantize_into
 from halfbyte.kernels.quantize_blockwise import quantize_blockwise
+from halfbyte.kernels.quantize_blockwise.reference import thresholds_of
 from halfbyte.quant.codebooks import CODEBOOKS
 from halfbyte.quant.int8_matmul import dense_rows
 from halfbyte.quant.quant_state import FORMATS, NESTED_BLOCKSIZE, Nested, QuantState
@@ -48,6 +50,35 @@ def quantize(
     _refuse_non_finite(absmax, weight, name)
     stored_absmax, nested = _nest(absmax) if double_quant else (absmax, None)
     return packed, QuantState(format, codebook.clone(), stored_absmax, blocksize, tuple(weight.shape), weight.dtype, nested)
+
+
+def pack_with_scales(
+    weight: Tensor, absmax: Tensor, format: str = "nf4", blocksize: int = 64, double_quant: bool = True
+) -> tuple[Tensor, QuantState]:
+    """As `quantize`, with these scales (N,) fp32 in the place of the largest magnitudes; nf4 and fp4.
+
+    With double quantization each element gets the level nearest to it at the scale as it reads back from 8 bits.
+    """
+    codebook = CODEBOOKS[format].to(weight.device)
+    thresholds, order = thresholds_of(codebook)
+    stored_absmax, nested = _nest(absmax) if double_quant else (absmax, None)
+    state = QuantState(format, codebook.clone(), stored_absmax, blocksize, tuple(weight.shape), weight.dtype, nested)
+    scales = plain_absmax(state)
+    divisors = torch.where(scales == 0, 1.0, scales)
+    flat, packed = weight.detach().contiguous().reshape(-1), []
+    step = max(1, PIECE // blocksize) * blocksize
+    for start in range(0, flat.numel(), step):
+        piece = flat[start : start + step].float()
+        fill = -piece.numel() % blocksize
+        scaled = F.pad(piece, (0, fill)).view(-1, blocksize) / divisors[start // blocksize : -(-(start + len(piece)) // blocksize), None]
+        indices = order[torch.bucketize(scaled.reshape(-1)[: len(piece) + len(piece) % 2], thresholds)].to(torch.uint8)
+        packed.append((indices[::2] << 4) | indices[1::2])
+    return torch.cat(packed), state
+
+
+def refuse_non_finite(weight: Tensor, name: str = "") -> None:
+    """Raise WeightError where an element is NaN or infinite, with their number."""
+    _refuse_non_finite(weight.detach().abs().amax(), weight, name)
 
 
 def quantize_stack(

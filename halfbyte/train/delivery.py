@@ -49,9 +49,11 @@ def deliver(training: "Training") -> dict[str, Any]:
 def save_adapter(training: "Training", folder: Path) -> None:
     """The adapter as it is in the model, in PEFT's format; read back before this returns."""
     found, config, source = collected(training.model), training.config, training.assembled.source
+    calibrated = config.quant.calibrate is True  # the base is then a folder of the run
+    base, revision = (str(source.folder.absolute()), None) if calibrated else (config.model.name, config.model.revision)
     peft.save(
         folder, found.tensors, found.config, kinds=found.kinds, targets=found.targets, parameters=found.parameters,
-        task=config.model.task, base_name=config.model.name, revision=config.model.revision, base_digest=source.weights, notes=found.notes,
+        task=config.model.task, base_name=base, revision=revision, base_digest=source.weights, notes=found.notes,
         loftq=found.loftq,
     )
 

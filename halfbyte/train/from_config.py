@@ -18,6 +18,7 @@ from halfbyte.pages import report
 from halfbyte.plan.decide import Decision
 from halfbyte.redact import terminal
 from halfbyte.train import loop, planning
+from halfbyte.train.calibrated_base import with_calibrated_base
 from halfbyte.train.loop import TrainResult
 from halfbyte.train.metrics import Observer
 from halfbyte.train.run_folder import RunFolder
@@ -58,7 +59,8 @@ def prepare(config: RunConfig, *, resume: bool = False) -> Prepared:
         config = plan.config
     if config.data.packing and config.data.max_tokens != "auto":  # a length that the plan chose
         data = replace(data, report=replace(data.report, max_tokens=config.data.max_tokens))
-    assembled = assemble(config)
+    config, base = with_calibrated_base(config, source, data, resume=resume)
+    assembled = assemble(config, base=base)
     return Prepared(anchored(config), data, assembled, plan)
 
 
