@@ -1,0 +1,206 @@
+"""A comparison of real runs of a tiny model: the same settings for all, and the same table after a kill as without one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halfbyte.config import load_config
+from halfbyte.errors import CheckpointError, ConfigError
+from halfbyte.studies import arms, compare, comparison, comparison_files, judge, runs
+from halfbyte.studies.arms import arms_of
+from halfbyte.studies.compare import Score, Study
+from tests.end_to_end import tiny_world
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = ["lora.rank=2", "train.global_batch_size=8", "train.threads=1", "optim.learning_rate=0.003"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, 24 rows and two lines of general text."""
+    folder = tmp_path_factory.mktemp("compare")
+    tiny_world.write_model(folder / "tiny")
+    tiny_world.write_rows(folder / "rows.jsonl")
+    (folder / "general.jsonl").write_text('{"text": "a lamp in the hall"}\n{"text": "the garden is dark"}\n')
+    return folder
+
+
+def study(world: Path, **changes: Any) -> Study:
+    made = arms_of(None, SETTINGS, {"model": str(world / "tiny"), "data": str(world / "rows.jsonl")}, methods=["full", "lora"])
+    return Study(tuple(made), **{"seeds": 1, "sweep_rows": 0, "general": "none", "samples": 0, **changes})
+
+
+def words(world: Path, out: Path, *more: str) -> list[str]:
+    given = ["--model", str(world / "tiny"), "--data", str(world / "rows.jsonl"), "--methods", "full,lora", "--out", str(out)]
+    return [sys.executable, "-m", "halfbyte", "compare", *SETTINGS, *given, *more]
+
+
+def environment() -> dict[str, str]:
+    return dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HALFBYTE_KERNELS="reference", PYTHONPATH=str(ROOT))
+
+
+def wait_for(path: Path, process: "subprocess.Popen[bytes]", seconds: float = 400.0) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_killed_and_started_again_it_ends_with_the_same_table(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """# T70 kill -9 of the command while a run it began is at work: the run is waited for, nothing is repeated, the table is the same."""
+    monkeypatch.setenv("HALFBYTE_KERNELS", "reference")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    whole = comparison.numbers(compare.run(study(world), tmp_path / "whole", lambda text: None))
+    out = tmp_path / "killed"
+    command = words(world, out, "--seeds", "1", "--sweep-rows", "0", "--general", "none", "--samples", "0")
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True)
+    wait_for(out / "runs" / "lora" / "seed-0.log", process)  # the second of the two runs has begun
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    first = (out / "runs" / "full" / "seed-0.json").stat().st_mtime_ns
+    said: list[str] = []
+    again = comparison.numbers(compare.run(study(world), out, said.append))
+    assert any(text.startswith("waiting") for text in said)
+    assert (out / "runs" / "full" / "seed-0.json").stat().st_mtime_ns == first
+    assert (out / "runs" / "lora" / "seed-0.log").read_text().count("finished at step") == 1  # the run went on, and was not done twice
+    assert again["arms"][0]["values"]["eval_loss"] != again["arms"][1]["values"]["eval_loss"]
+    assert comparison.without_times(again) == comparison.without_times(whole)
+    texts = [comparison_files.lines(comparison.without_times(made)) for made in (whole, again)]
+    assert texts[0] == texts[1] and len(texts[0]) >= 5
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_with_all_its_runs_it_ends_with_the_same_table(world: Path, tmp_path: Path) -> None:
+    """Command and runs killed together at moments spread over the whole study, sweep and judging included."""
+    more = ["--seeds", "2", "--sweep-rows", "8", "--general", str(world / "general.jsonl"), "--score-rows", "2", "--max-new-tokens", "6",
+            "--samples", "1"]  # fmt: skip
+    began = time.monotonic()
+    subprocess.run(words(world, tmp_path / "whole", *more), env=environment(), check=True, timeout=3000)
+    took = time.monotonic() - began
+    for number in range(6):
+        command = words(world, tmp_path / "killed", *more)
+        process = subprocess.Popen(command, env=environment(), start_new_session=True)
+        time.sleep(took * (0.1 + 0.07 * number))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(words(world, tmp_path / "killed", *more), env=environment(), check=True, timeout=3000)
+    made = [json.loads((tmp_path / name / "comparison.json").read_text()) for name in ("whole", "killed")]
+    assert comparison.without_times(made[0]) == comparison.without_times(made[1])
+    assert made[1]["arms"][0]["sweep"] and made[1]["samples"] and made[1]["arms"][1]["values"]["forgotten"] is not None
+
+
+def test_other_settings_or_other_rows_do_not_go_on_in_the_same_folder(world: Path, tmp_path: Path) -> None:
+    """# T71 a kept outcome belongs to its settings and its rows."""
+    runs.write_json(tmp_path / "study.json", study(world).identity())
+    runs.require_same(tmp_path / "study.json", study(world).identity())
+    with pytest.raises(CheckpointError, match="other seeds"):
+        runs.require_same(tmp_path / "study.json", study(world, seeds=2).identity())
+    from halfbyte.studies import rows
+
+    data = tiny_world.write_rows(tmp_path / "rows.jsonl", tiny_world.rows(30))
+    config = load_config(None, [f"data={data}"])
+    rows.prepare(tmp_path, config, sweep_rows=10)
+    rows.prepare(tmp_path, config, sweep_rows=10)
+    tiny_world.write_rows(data, tiny_world.rows(30, seed=1))
+    with pytest.raises(CheckpointError, match="rows it began with"):
+        rows.prepare(tmp_path, config, sweep_rows=10)
+
+
+def test_all_runs_get_the_same_rows_and_evaluation_and_each_its_seed_and_rate(world: Path, tmp_path: Path) -> None:
+    """# T72 compared at the same steps: the last weights, not each one's best."""
+    whole = study(world, seeds=3)
+    made = [compare.settings_of(whole, tmp_path, arm, seed, rate) for seed in range(3) for arm, rate in zip(whole.arms, (1e-4, 1e-3))]
+    assert len({(one.data.path, one.data.eval_path, one.train.epochs, one.train.eval_every_steps, one.data.max_rows) for one in made}) == 1
+    assert [one.train.seed for one in made] == [0, 0, 1, 1, 2, 2] and [one.optim.learning_rate for one in made[:2]] == [1e-4, 1e-3]
+    assert not any(one.train.keep_best for one in made) and {one.method for one in made} == {"full", "lora"}
+    assert all(one.train.save_every_steps is None for one in made)
+
+
+def test_what_is_given_for_all_goes_where_it_has_an_effect() -> None:
+    """# T44 a setting given for all rests where it means nothing; one that a named setting gives itself is never dropped."""
+    made = {one.name: one.config for one in arms_of(
+        None, ["lora.rank=8", "quant.blocksize=128", "optim.lora_plus_ratio=4", "train.epochs=2"], {"data": "rows.jsonl"},
+        methods=["full", "lora", "qlora"],
+    )}  # fmt: skip
+    assert made["lora"].lora.rank == made["qlora"].lora.rank == 8 and "rank" not in made["full"].lora.model_fields_set
+    assert made["qlora"].quant.blocksize == 128 and made["lora"].quant_format == "none"
+    assert {config.train.epochs for config in made.values()} == {2.0} and made["full"].optim.lora_plus_ratio == 1.0
+
+
+def test_named_settings_are_read_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "arms.yaml"
+    file.write_text("r8: {method: lora, lora.rank: 8}\nr64:\n  method: lora\n  lora: {rank: 64, alpha: 128}\n")
+    made = arms_of(None, ["train.epochs=2"], {"data": "rows.jsonl"}, methods=["full"], file=file)
+    assert [one.name for one in made] == ["full", "r8", "r64"] and [one.config.lora.rank for one in made[1:]] == [8, 64]
+    assert made[2].config.lora.alpha == 128 and made[1].config.train.epochs == 2
+    for text, code in (("../x: {method: lora}", "E-CONF-412"), ("r8: lora", "E-CONF-412"), ("full: {method: lora}", "E-CONF-413"),
+                       ("r: {method: full, lora.rank: 8}", "E-CONF-170")):  # fmt: skip
+        file.write_text(text + "\n")
+        with pytest.raises(ConfigError) as caught:
+            arms_of(None, [], {"data": "rows.jsonl"}, methods=["full"], file=file)
+        assert code in str(caught.value)
+    with pytest.raises(ConfigError, match="did you mean qlora"):
+        arms_of(None, [], {"data": "rows.jsonl"}, methods=["qlorra"])
+    with pytest.raises(ConfigError, match="at least one setting"):
+        arms_of(None, [], {"data": "rows.jsonl"})
+    assert set(arms.METHODS) == {"full", "lora", "qlora", "qlora-calibrated"}
+
+
+def test_a_study_that_could_not_be_read_is_refused_before_it_begins(world: Path, tmp_path: Path) -> None:
+    blind = arms_of(None, ["train.eval_every_steps=null"], {"data": str(world / "rows.jsonl")}, methods=["lora"])
+    with pytest.raises(ConfigError, match="nothing is evaluated"):
+        compare.run(Study(tuple(blind)), tmp_path, lambda text: None)
+    with pytest.raises(ConfigError, match="at least one seed"):
+        compare.run(study(world, seeds=0), tmp_path, lambda text: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_forgotten_is_judged_with_and_without_the_adapter(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """# T67 before is the base with the adapter switched off, after is with it; both in the storage of the run."""
+    monkeypatch.setenv("HALFBYTE_KERNELS", "reference")
+    from halfbyte.evaluate.opened import open_model
+    from halfbyte.evaluate.rows import evaluate_rows
+    from halfbyte.train.from_config import train_from_config
+
+    general, rows = world / "general.jsonl", world / "rows.jsonl"
+    flags = {"model": str(world / "tiny"), "data": str(rows), "method": "lora", "out": str(tmp_path / "run")}
+    train_from_config(load_config(None, [*SETTINGS, "train.max_steps=6", "train.sample_prompts=0"], flags))
+    order = {"run": str(tmp_path / "run"), "threads": 1, "general": str(general), "before": True, "held_out": str(rows), "samples": 2,
+             "score": {"metric": "rougeL", "rows": 4, "max_new_tokens": 8}}  # fmt: skip
+    found = judge.judged(order)
+    assert found["general_before"] == pytest.approx(evaluate_rows(open_model(world / "tiny"), general)["loss"], abs=1e-5)
+    trained = evaluate_rows(open_model(tmp_path / "run"), general)["loss"]
+    assert found["general_after"] == pytest.approx(trained, abs=1e-5) and abs(found["general_after"] - found["general_before"]) > 1e-3
+    scored = evaluate_rows(open_model(tmp_path / "run"), rows, metrics=["rougeL"], max_rows=4, max_new_tokens=8)
+    assert found["score"] == pytest.approx(scored["rougeL"]) and len(found["answers"]) == 2
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "no prompt here"}\n')
+    assert judge.judged({**order, "held_out": str(texts), "score": None, "general": None}) == {}
+
+
+def test_a_run_that_diverges_or_does_not_fit_is_an_outcome_and_any_other_fault_ends_the_study(tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    log.write_text("step 1\nerror E-NUM-301: the loss must be finite\n  found:    nan\n")
+    assert runs.last_words(log).startswith("error E-NUM-301") and "nan" in runs.last_words(log)
+    failed = runs.failure(2, log)
+    assert failed.exit_code == 2 and "E-NUM-301" in failed.found
+    assert "signal 9" in runs.failure(-9, log).found
+    with runs.opened(tmp_path / "study", lambda text: None) as folder:
+        missing = load_config(None, ["model=/no/such/model", "data=/no/such/rows.jsonl"])
+        with pytest.raises(ConfigError, match="a run of the study failed"):
+            runs.train(folder, "runs/x", missing)
+        assert not (tmp_path / "study" / "runs" / "x.json").exists()
+    outcome = runs.unfinished(runs.RunFolder(tmp_path / "none"), "diverged", "why")
+    assert outcome == {"status": "diverged", "error": "why"}
+    assert study_score(Score("rougeL", 4, 8)) == {"metric": "rougeL", "rows": 4, "max_new_tokens": 8}
+
+
+def study_score(score: Score) -> Any:
+    return Study((), score=score).identity()["score"]
