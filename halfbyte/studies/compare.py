@@ -1,6 +1,7 @@
 """Several settings on the same rows, tokens, seeds and evaluation, each at its own best learning rate: the table of a paper, measured here.
 
     rows      written once                                     rows/
+    bases     a calibrated base, once for a setting's runs     bases/<setting>/base, bases/<setting>.json
     sweep     each setting's learning rate, on few rows        sweep/<setting>/x<factor>, sweep/<setting>.json
     runs      one process a setting and seed                   runs/<setting>/seed-<n>, ....json
     judged    general text before and after, task score        judged/<setting>/seed-<n>.json
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 from halfbyte import devices
 from halfbyte.config import RunConfig
 from halfbyte.errors import ConfigError, DoesNotFitError
-from halfbyte.studies import learning_rate, rows
+from halfbyte.studies import base, learning_rate, rows
 from halfbyte.studies.arms import Arm
 from halfbyte.studies.runs import Folder, Say, call, failure, opened, read_json, require_same, train, write_json
 from halfbyte.units import seconds_text
@@ -74,6 +75,7 @@ class Outcome:
     runs: list[dict[str, Any]]
     judged: list[dict[str, Any]]
     error: str = ""
+    base: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,16 @@ def run(study: Study, path: Path, say: Say) -> Results:
         require_same(folder.path / "study.json", study.identity())
         found = rows.prepare(folder.path, study.arms[0].config, sweep_rows=study.sweep_rows)
         text, words = (None, "") if study.general == "none" else rows.general_text(folder.path, study.general)
-        swept = _each(study.jobs, study.arms, lambda arm: _sweep(study, folder, arm, found))
-        trained = _train_all(study, folder, [(arm, sweep) for arm, (sweep, _) in zip(study.arms, swept)])
+        arms, bases = zip(*(_on_base(folder, arm) for arm in study.arms), strict=True)
+        swept = _each(study.jobs, arms, lambda arm: _sweep(study, folder, arm, found))
+        trained = _train_all(study, folder, [(arm, sweep) for arm, (sweep, _) in zip(arms, swept)])
         outcomes = []
         for number, (arm, (sweep, error)) in enumerate(zip(study.arms, swept)):
             runs = [trained[number, seed] for seed in range(study.seeds) if (number, seed) in trained]
             status = next((one["status"] for one in runs if one["status"] != "finished"), "does not fit" if error else "finished")
             error = error or next((one["error"] for one in runs if "error" in one), "")
             judged = [_judge(study, folder, arm, seed, one, text) for seed, one in enumerate(runs)] if status == "finished" else []
-            outcomes.append(Outcome(arm, status, sweep, runs, judged, error))
+            outcomes.append(Outcome(arm, status, sweep, runs, judged, error, bases[number]))
     return Results(study, found, words, outcomes)
 
 
@@ -126,6 +129,19 @@ def _each(jobs: int, items: Sequence[T], work: Callable[[T], R]) -> list[R]:
         return [work(item) for item in items]
     with ThreadPoolExecutor(jobs) as pool:
         return list(pool.map(work, items))
+
+
+def _on_base(folder: Folder, arm: Arm) -> tuple[Arm, dict[str, Any] | None]:
+    """The setting on the base calibrated for it from the training rows, and what making that took."""
+    train_rows = arm.config.data.model_copy(update=_same_rows(folder.path))
+    config, made = base.shared(folder, arm.name, arm.config.model_copy(update={"data": train_rows}))
+    return (arm, None) if made is None else (replace(arm, config=config), made)
+
+
+def _same_rows(folder: Path) -> dict[str, Any]:
+    """Data settings that name the study's rows."""
+    place = folder / "rows"
+    return {"path": str(place / "train.jsonl"), "eval_path": str(place / "held-out.jsonl"), "eval_rows": "auto", "max_rows": None}
 
 
 def _sweep(study: Study, folder: Folder, arm: Arm, found: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
@@ -151,14 +167,13 @@ def _sweep(study: Study, folder: Folder, arm: Arm, found: dict[str, Any]) -> tup
 
 def settings_of(study: Study, folder: Path, arm: Arm, seed: int, rate: float | None) -> RunConfig:
     """Everything one run is told."""
-    config, place = arm.config, folder / "rows"
-    data = {"path": str(place / "train.jsonl"), "eval_path": str(place / "held-out.jsonl"), "eval_rows": "auto", "max_rows": None}
+    config = arm.config
     training: dict[str, Any] = {"seed": config.train.seed + seed, "keep_best": False, "sample_prompts": 0}
     if "save_every_steps" not in config.train.model_fields_set:
         training["save_every_steps"] = None  # a run that was cut off begins anew: cheaper than saving what is not needed
     optim = {} if rate is None else {"learning_rate": rate}
     return config.model_copy(update={
-        "data": config.data.model_copy(update=data), "train": config.train.model_copy(update=training),
+        "data": config.data.model_copy(update=_same_rows(folder)), "train": config.train.model_copy(update=training),
         "optim": config.optim.model_copy(update=optim),
     })  # fmt: skip
 
@@ -187,6 +202,8 @@ def _judge(study: Study, folder: Folder, arm: Arm, seed: int, outcome: dict[str,
     place = folder.path / "judged" / arm.name
     kept, log = place / f"seed-{seed}.json", place / f"seed-{seed}.log"
     before: dict[str, Any] | None = read_json(kept)
+    if before is None and not (general or study.score or (study.samples and seed == 0)):
+        return {}
     if before is None:
         folder.say(f"judging {arm.name}, seed {seed}")
         place.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from halfbyte.studies.measures import interval, mean, mean_curve, spread, steps_
 
 FORMAT = "halfbyte comparison 1"
 REFERENCE, TARGET = "full", "qlora"
-TIMED = ("seconds", "tokens_per_second", "peak_memory_bytes", "preparation_seconds", "machine")
+TIMED = ("seconds", "tokens_per_second", "peak_memory_bytes", "preparation_seconds", "preparation_peak_memory_bytes", "machine")
 """What differs between two equal studies."""
 
 
@@ -92,7 +92,8 @@ def _values(one: Outcome, reference: Outcome | None, target: Outcome | None) -> 
         "trainable_params": first["trainable_params"], "trainable_share": first["trainable_share"],
         "weight_bytes": first["weight_bytes"], "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
         "seconds": mean([run["seconds"] for run in runs]), "tokens_per_second": mean([run["tokens_per_second"] for run in runs]),
-        "preparation_seconds": first.get("preparation_seconds"),
+        "preparation_seconds": one.base["seconds"] if one.base else None,
+        "preparation_peak_memory_bytes": one.base["peak_memory_bytes"] if one.base else None,
         "eval_loss": mean(losses), "eval_loss_spread": spread(losses),
         "against_reference": mean(losses) / mean([run["last_eval_loss"] for run in reference.runs]) - 1 if reference else None,
         "score": mean(scores) if scores else None, "score_interval": interval(scores),
