@@ -20,25 +20,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from halfbyte.kernels.gated_mlp import gated_act
 from halfbyte.kernels.gated_mlp.block import Mlp, gated_mlp, without_down
 from halfbyte.kernels.lora_linear import Norm, Projection, lora_linear
-from halfbyte.kernels.packed_attention import packed_attention
+from halfbyte.kernels.matmul_4bit import matmuls_4bit
 from halfbyte.kernels.rms_norm import add_rms_norm, rms_norm
 from halfbyte.kernels.rope import rope
 from halfbyte.lora.layer import LoraLinear
-from halfbyte.models.rows import Rows, rows_of
+from halfbyte.models.rows import FEW, Rows, Step, rows_of, watched
 from halfbyte.quant.dense import dense_weight, is_conv1d, is_linear_like
+from halfbyte.quant.linear import QuantLinear
 
 POLICIES = ("keep", "recompute_mlp", "recompute", "offload")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a layer is made of: names of its parts, as `structure.find` found them.  Norm names are of the layer; "" is none.
+    """What a layer is made of: names of its parts, as `structure.fuse` found them.  Norm names are of the layer; "" is none.
 
     norms       before attention, after it, before the MLP, after it
     qk_norm     "", "head" (each head by itself) or "width" (all heads as one row)
@@ -62,12 +64,19 @@ class Plan:
     head_dim: int
     rotary: bool = True
 
+    @property
+    def passed_over(self) -> tuple[str, ...]:
+        """Names of the parts whose numbers are used and whose forward is not called."""
+        norms = [name for name in self.norms if name]
+        return (*norms, *(f"self_attn.{name}" for name in self.forms if name not in norms), "self_attn", *(["mlp"] if self.gated else []))
+
 
 class FusedLayer:
     """The forward; `class_for` joins it with the class of the layer it takes over."""
 
     plan: Plan
     policy: str
+    kinds: dict[str, type]
 
     def forward(self, hidden_states: Tensor, *inputs: Any, **named: Any) -> Any:
         """(B, T, H) -> (B, T, H) on own ops where the mask carries rows; else what the original does."""
@@ -86,7 +95,7 @@ class FusedLayer:
         return empty, (type(self).__mro__[2],), self.__dict__
 
 
-def _again(layer: Any, x: Tensor, angles: Any, rows: Rows) -> Tensor:
+def _again(layer: Any, x: Tensor, angles: Any, rows: Rows | Step) -> Tensor:
     """The layer with nothing kept but x, on the host where the policy says so; its last product is not repeated."""
     away = save_on_cpu(pin_memory=True) if layer.policy == "offload" and x.is_cuda else nullcontext()
     with away:
@@ -101,7 +110,7 @@ def _again(layer: Any, x: Tensor, angles: Any, rows: Rows) -> Tensor:
 @cache
 def class_for(original: Any) -> Any:
     """The subclass of a decoder layer's class that runs on own ops."""
-    return type(f"Fused{original.__name__}", (FusedLayer, original), {"__module__": __name__})
+    return type(original.__name__, (FusedLayer, original), {"__module__": __name__})  # by name it is found as the one it stands for
 
 
 def empty(original: Any) -> Any:
@@ -115,10 +124,20 @@ def take_over(original: nn.Module, plan: Plan, policy: str = "keep") -> nn.Modul
     layer = empty(type(original))
     layer.__dict__.update(original.__dict__)
     layer.__dict__["plan"], layer.__dict__["policy"] = plan, policy
+    layer.__dict__["kinds"] = {name: type(original.get_submodule(name)) for name in plan.passed_over}
     return layer
 
 
-def run(layer: Any, plan: Plan, x: Tensor, angles: Any, rows: Rows, policy: str) -> Tensor:
+def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """name -> layer of a numbered list, for all that hold an attention."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "self_attn", None), nn.Module) and name.rpartition(".")[2].isdigit()
+    }
+
+
+def run(layer: Any, plan: Plan, x: Tensor, angles: Any, rows: Rows | Step, policy: str) -> Tensor:
     """One layer on the flat tokens x (T, H)."""
     before, after, before_mlp, after_mlp = (getattr(layer, name) if name else None for name in plan.norms)
     attention = layer.self_attn
@@ -130,7 +149,7 @@ def run(layer: Any, plan: Plan, x: Tensor, angles: Any, rows: Rows, policy: str)
     if plan.rotary:
         cos, sin = rows.angles(angles)
         q, k = rope(q, cos, sin), rope(k, cos, sin)
-    o = packed_attention(q, k, v, rows.starts, plan.scaling, plan.window, plan.softcap).reshape(tokens, -1)
+    o = rows.attend(attention, plan, q, k, v).reshape(tokens, -1)
     delta = linears((attention.o_proj,), o)[0]
     if after is not None:
         delta = _normed(after, plan.forms[plan.norms[1]], delta)
@@ -140,8 +159,8 @@ def run(layer: Any, plan: Plan, x: Tensor, angles: Any, rows: Rows, policy: str)
 
 
 def _query_key_value(attention: Any, plan: Plan, x: Tensor, before: nn.Module | None) -> tuple[Tensor, ...]:
-    names = tuple(getattr(attention, name) for name in plan.qkv)
-    parts = linears(names, x, None if before is None else (before, plan.forms[plan.norms[0]]))
+    modules = tuple(getattr(attention, name) for name in plan.qkv)
+    parts = linears(modules, x, None if before is None else (before, plan.forms[plan.norms[0]]))
     if len(parts) == 1:
         wide, narrow = plan.heads * plan.head_dim, plan.groups * plan.head_dim
         parts = tuple(part.contiguous() for part in parts[0].split([wide, narrow, narrow], dim=-1))
@@ -154,7 +173,7 @@ def _query_key_value(attention: Any, plan: Plan, x: Tensor, before: nn.Module | 
 def _mlp(layer: Any, plan: Plan, x: Tensor, delta: Tensor, before: Any, after: Any, policy: str) -> Tensor:
     """The residual stream after attention and MLP have been added."""
     mlp = layer.mlp
-    if plan.gated and before is not None and after is None and plan.multiplier == 1.0 and frozen(before):
+    if plan.gated and before is not None and after is None and plan.multiplier == 1.0 and frozen(before) and not _few(x):
         inner, down = [projection(getattr(mlp, name)) for name in plan.inner], projection(mlp.down_proj)
         if down is not None and None not in inner:
             known = Mlp(tuple(part for part in inner if part is not None), down, plan.gated)
@@ -179,6 +198,8 @@ def _mlp(layer: Any, plan: Plan, x: Tensor, delta: Tensor, before: Any, after: A
 def linears(modules: tuple[nn.Module, ...], x: Tensor, norm: tuple[nn.Module, int] | None = None) -> tuple[Tensor, ...]:
     """What several linear layers make of one (normalised) input, in one function where all are plain, else one call each."""
     known = [projection(module) for module in modules]
+    if None not in known and _few(x):
+        return _step(modules, known, x if norm is None else _normed(norm[0], norm[1], x))
     if None not in known and (norm is None or frozen(norm[0])):
         normed = None if norm is None else norm_of(*norm)
         return lora_linear(x, [part for part in known if part is not None], normed)
@@ -186,14 +207,35 @@ def linears(modules: tuple[nn.Module, ...], x: Tensor, norm: tuple[nn.Module, in
     return tuple(module(h) for module in modules)
 
 
+def _few(x: Tensor) -> bool:
+    """So few rows, without gradient on the CPU, that packed weights are multiplied as they lie there."""
+    return x.shape[0] <= FEW and not torch.is_grad_enabled() and x.device.type == "cpu"
+
+
+def _step(modules: tuple[nn.Module, ...], known: list[Projection | None], h: Tensor) -> tuple[Tensor, ...]:
+    """The products of a few rows; packed weights share the order that the rows are brought into."""
+    bases = [module.base if isinstance(module, LoraLinear) else module for module in modules]
+    if not all(isinstance(base, QuantLinear) and base.format != "int8" for base in bases):
+        return tuple(module(h) for module in modules)
+    made = []
+    for y, part in zip(matmuls_4bit(h, [base.product_arguments() for base in bases]), known):  # type: ignore[operator]
+        assert part is not None
+        y = y if part.bias is None else y + part.bias.to(y.dtype)
+        if part.factors:
+            lora_a, lora_b = (factor.to(y.dtype) for factor in part.factors)
+            y = torch.addmm(y, F.linear(h, lora_a), lora_b.T, alpha=part.scaling)
+        made.append(y)
+    return tuple(made)
+
+
 def projection(module: nn.Module) -> Projection | None:
     """A frozen linear layer, adapted or not, as data; None where only the module itself knows what it does."""
     if isinstance(module, LoraLinear):
-        if module.magnitude is not None or module.lora_bias is not None or (module.training and module.dropout > 0) or _watched(module):
+        if module.magnitude is not None or module.lora_bias is not None or (module.training and module.dropout > 0) or watched(module):
             return None
         below = projection(module.base)
-        return None if below is None else Projection(below.weight, below.bias, *module.factors(), module.scaling)
-    if not is_linear_like(module) or not frozen(module) or _watched(module):
+        return None if below is None else Projection(below.weight, below.bias, tuple(module.factors()), module.scaling)
+    if not is_linear_like(module) or not frozen(module) or watched(module):
         return None
     if getattr(module, "compute_dtype", None) is not None:
         return None
@@ -205,12 +247,6 @@ def weight_of(module: nn.Module) -> Callable[[torch.dtype], Tensor]:
     if is_conv1d(module) or isinstance(module, nn.Linear):
         return lambda dtype: dense_weight(module, dtype)
     return lambda dtype: dense_weight(module).to(dtype)  # a packed weight has the values of the type it had before
-
-
-def _watched(module: nn.Module) -> bool:
-    """Somebody looks at its calls or has put another forward in its place."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
 
 
 def frozen(module: nn.Module) -> bool:

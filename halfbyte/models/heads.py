@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from halfbyte.data.batches import Batch, model_inputs
 from halfbyte.log import logger
+from halfbyte.models.announce import reads_boundaries
 from halfbyte.models.modes import evaluating
-from halfbyte.models.rows import reads_boundaries
 
 PROBE_TOKENS = 6
 ROUND_CPU = 64  # tokens

@@ -8,6 +8,7 @@ logits (cast, view, scale, soft-cap, cross entropy) is noted or answered; any ot
 transformers.Trainer and whoever reads `outputs.logits` work as before, and the usual case holds no (tokens, vocabulary) tensor.
 What is made is kept, so that what somebody writes into the logits, or into a part of them, is there for the next reader.  They have their
 own place in the graph: a gradient that comes back to them by way of a foreign autograd function reaches hidden states and weight.
+They are the logits of the weight that was there when they were promised; where an optimizer has moved it since, they are refused.
 
 The output layer is taken over like a decoder layer: an instance of a subclass of its own class with the same parameters.
 """
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halfbyte import surgery
+from halfbyte.errors import UnsupportedError
 from halfbyte.kernels.linear_cross_entropy import linear_cross_entropy
 
 
@@ -49,12 +51,13 @@ class _Promise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: _Settings) -> Tensor:
-        ctx.parts, ctx.settings = (hidden, weight, bias), settings
+        ctx.parts, ctx.settings, ctx.state = (hidden, weight, bias), settings, _state(weight)
         made: Any = torch.Tensor._make_wrapper_subclass(LazyLogits, settings.shape, dtype=settings.dtype, device=hidden.device)
         return made
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        _require_unmoved(ctx.parts[1], ctx.state)
         needed = ctx.needs_input_grad[:3]
         leaves = [part if part is None else part.detach().requires_grad_(need) for part, need in zip(ctx.parts, needed)]
         asked = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
@@ -68,22 +71,27 @@ class LazyLogits(Tensor):
     """softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), not computed yet; (..., V) like the logits it stands for."""
 
     hidden: Tensor
-    head: nn.Linear
+    weight: Tensor
+    bias: Tensor | None
     settings: _Settings
+    state: tuple[int, int]
     source: "LazyLogits | None"
     held: Tensor | None
 
     @staticmethod
-    def of(hidden: Tensor, head: nn.Linear, settings: _Settings, source: "LazyLogits | None" = None) -> "LazyLogits":
-        """`source`: lazy logits that these are a view of."""
-        made: Any = _Promise.apply(hidden, head.weight, head.bias, settings)
-        made.hidden, made.head, made.settings, made.source, made.held = hidden, head, settings, source, None
+    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: _Settings) -> "LazyLogits":
+        """hidden (..., H), weight (V, H), bias (V,)."""
+        made: Any = _Promise.apply(hidden, weight, bias, settings)
+        made.hidden, made.weight, made.bias, made.settings, made.state = hidden, weight, bias, settings, _state(weight)
+        made.source = made.held = None
         return made
 
     def with_(self, **changes: Any) -> "LazyLogits":
         """The same with other settings."""
         settings = replace(self.settings, **changes)
-        return LazyLogits.of(self.hidden, self.head, settings, self if settings == replace(self.settings, shape=settings.shape) else None)
+        made = LazyLogits.of(self.hidden, self.weight, self.bias, settings)
+        made.state, made.source = self.state, self if settings == replace(self.settings, shape=settings.shape) else None  # or a view of it
+        return made
 
     def kept(self) -> Tensor | None:
         """The logits where they, or those they are a view of, have been made."""
@@ -94,9 +102,10 @@ class LazyLogits(Tensor):
         """The logits, differentiable; made once, from then on every use is of this tensor."""
         kept = self.kept()
         if kept is None:
+            _require_unmoved(self.weight, self.state)
             with torch.enable_grad():
                 if self.source is None:
-                    kept = self.held = self.settings.of(self.hidden, self.head.weight, self.head.bias)
+                    kept = self.held = self.settings.of(self.hidden, self.weight, self.bias)
                 else:
                     kept = self.held = self.source.made().view(self.settings.shape)
         return kept
@@ -120,6 +129,20 @@ class LazyLogits(Tensor):
         cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         return function(*_real(args), **_real(kwargs or {}))
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    """Changes when the weight is written into, and when it is given other memory."""
+    return weight._version, weight.data_ptr()
+
+
+def _require_unmoved(weight: Tensor, state: tuple[int, int]) -> None:
+    if _state(weight) != state:
+        raise UnsupportedError(
+            "logits of training are made when they are looked at, with the weight of the output layer that gave them", code="E-UNSUP-062",
+            place="outputs.logits", found="the weight was changed after the forward pass", expected="the same weight",
+            remedy="look at the logits before optimizer.step(), or call the model again",
+        )
 
 
 # what asks for sizes and kinds alone
@@ -177,8 +200,9 @@ def _loss(
     settings = lazy.settings
     if ignore_index != -100 or settings.bent or len(settings.shape) != 2 or labels.ndim != 1 or labels.is_floating_point():
         return None
+    _require_unmoved(lazy.weight, lazy.state)
     hidden = lazy.hidden.reshape(-1, lazy.hidden.shape[-1])
-    total = linear_cross_entropy(hidden, lazy.head.weight, labels, bias=lazy.head.bias, softcap=settings.softcap, scale=settings.scale)
+    total = linear_cross_entropy(hidden, lazy.weight, labels, bias=lazy.bias, softcap=settings.softcap, scale=settings.scale)
     return total if reduction == "sum" else total / (labels != ignore_index).sum()
 
 
@@ -188,7 +212,9 @@ class LazyHead:
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) -> (..., V), lazily where gradients are recorded in training mode."""
         if self.training and torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):  # type: ignore[attr-defined]
-            return LazyLogits.of(x, self, _Settings(torch.Size([*x.shape[:-1], self.out_features]), x.dtype))  # type: ignore[arg-type,attr-defined]
+            weight: Tensor = self.weight  # type: ignore[attr-defined]
+            settings = _Settings(torch.Size([*x.shape[:-1], weight.shape[0]]), x.dtype)
+            return LazyLogits.of(x, weight, self.bias, settings)  # type: ignore[attr-defined]
         return super().forward(x)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -199,7 +225,7 @@ class LazyHead:
 @cache
 def class_for(original: Any) -> Any:
     """The subclass of an output layer's class that answers lazily."""
-    return type(f"Lazy{original.__name__}", (LazyHead, original), {"__module__": __name__})
+    return type(original.__name__, (LazyHead, original), {"__module__": __name__})  # by name it is found as the one it stands for
 
 
 def empty(original: Any) -> Any:

@@ -1,14 +1,14 @@
 """Where each sample of a batch begins and ends, handed to the decoder layers in the place of a dense mask.
 
-A hook before the backbone looks at what the model was called with and says the same in a few numbers:
+A hook before the backbone (models/announce.py) looks at what the model was called with and says the same in a few numbers:
 
     positions       0 1 2 3 0 1 2 | 0 1 2 3 4 5 0          two rows; a sample begins where positions do not go up by one
     starts          0 4 7 13 14                            boundaries in the flat order of all tokens
 
 transformers passes a mask of four dimensions through untouched, so an empty one carries the boundaries to every layer and no (T, T)
 mask is made.  The hook acts only where all decoder layers can read it: without a cache, outside autocast, while gradients are recorded
-(or the caller said use_cache=False).  A padding mask counts only if each row's real tokens stand together; else the call goes its
-ordinary way.
+and nobody asks for a cache (or the caller said use_cache=False).  A padding mask counts only if each row's real tokens stand together;
+else the call goes its ordinary way.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
+from halfbyte.kernels.cached_attention import cached_attention
+from halfbyte.kernels.packed_attention import packed_attention
+
+FEW = 4
+"""Sequences that are decoded on own ops at once: as many as kernels/matmul_4bit multiplies without making a weight dense."""
 
 @dataclass
 class Rows:
@@ -28,6 +34,10 @@ class Rows:
     width: int
     _angles: dict[int, tuple[Any, Tensor, Tensor]] = field(default_factory=dict)
 
+    def attend(self, attention: Any, plan: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(tokens, heads, D) of q (tokens, heads, D), k and v (tokens, groups, D): each sample sees itself."""
+        return packed_attention(q, k, v, self.starts, plan.scaling, plan.window, plan.softcap)
+
     def angles(self, pair: Any) -> tuple[Tensor, Tensor]:
         """(cos, sin), each (rows * width, R), of what the model's rotary embedding gave as (1 or rows, width, R); made once per pair."""
         known = self._angles.get(id(pair))
@@ -37,20 +47,41 @@ class Rows:
         return known[1], known[2]
 
 
+@dataclass
+class Step:
+    """Decoding: one new token of each of `rows` sequences of one length, behind the keys and values in `cache`."""
+
+    cache: DynamicCache
+    rows: int
+    width: int = 1
+
+    def attend(self, attention: Any, plan: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(rows, heads, D) of q (rows, heads, D), k and v (rows, groups, D), which the cache takes."""
+        keys, values = self.cache.update(k[:, :, None], v[:, :, None], attention.layer_idx)
+        if 0 < plan.window < keys.shape[2]:
+            keys, values = keys[:, :, -plan.window :], values[:, :, -plan.window :]
+        return cached_attention(q, keys, values, plan.scaling, plan.softcap)
+
+    def angles(self, pair: Any) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each (rows, R), of the new tokens."""
+        cos, sin = (part.expand(self.rows, -1, -1)[:, 0] for part in pair)
+        return cos, sin
+
+
 class RowMask(Tensor):
     """An empty tensor of four dimensions that knows its rows."""
 
-    rows: Rows
+    rows: Rows | Step
 
 
-def mask_with(rows: Rows) -> RowMask:
+def mask_with(rows: Rows | Step) -> RowMask:
     """What the layers get as attention mask."""
     mask = torch.empty(0, 0, 0, 0).as_subclass(RowMask)
     mask.rows = rows
     return mask
 
 
-def rows_of(mask: Any) -> Rows | None:
+def rows_of(mask: Any) -> Rows | Step | None:
     """The rows a mask carries; None for any other mask."""
     return mask.rows if isinstance(mask, RowMask) else None
 
@@ -80,17 +111,17 @@ def rows_from(shape: tuple[int, int], attention_mask: Tensor | None, position_id
     return Rows(starts, count, width)
 
 
-def announce(backbone: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The hook: exchange the mask for one that carries rows; None leaves the call as it is."""
+def with_rows(backbone: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A call of the backbone with its mask exchanged for one that carries rows; None where it has to stay as it is."""
     call = dict(named)
     names = ("input_ids", "attention_mask", "position_ids")
     if len(inputs) > len(names):
         return None
     call.update(zip(names, inputs))
-    recording = torch.is_grad_enabled() and backbone.training
-    if call.get("past_key_values") is not None or not (recording or call.get("use_cache") is False):
+    recording = torch.is_grad_enabled() and backbone.training and call.get("use_cache") is not True
+    seen, cache = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds"), call.get("past_key_values")
+    if (cache is not None and not _is_step(seen, cache)) or (cache is None and not (recording or call.get("use_cache") is False)):
         return None
-    seen = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
     weights = call.get("output_attentions")
     if weights is None:
         weights = getattr(getattr(backbone, "config", None), "output_attentions", False)
@@ -99,6 +130,11 @@ def announce(backbone: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, A
     mask = call.get("attention_mask")
     if mask is not None and not isinstance(mask, Tensor):
         return None
+    if cache is not None:
+        if mask is not None and (mask.ndim != 2 or not bool(mask.all())):
+            return None
+        call["attention_mask"] = mask_with(Step(cache, seen.shape[0]))
+        return (), call
     rows = rows_from((seen.shape[0], seen.shape[1]), mask, call.get("position_ids"))
     if rows is None:
         return None
@@ -106,6 +142,14 @@ def announce(backbone: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, A
     return (), call
 
 
-def reads_boundaries(model: Any) -> bool:
-    """The model's layers take boundaries in the place of a mask."""
-    return any(hook is announce for hook in getattr(model, "base_model", model)._forward_pre_hooks.values())
+def _is_step(seen: Tensor | None, cache: Any) -> bool:
+    """One token of each of a few sequences, with something in a plain cache, on the CPU, and no gradient."""
+    few = seen is not None and seen.shape[1] == 1 and seen.shape[0] <= FEW and seen.device.type == "cpu"
+    return few and not torch.is_grad_enabled() and type(cache) is DynamicCache and cache.get_seq_length() > 0
+
+
+def watched(module: nn.Module) -> bool:
+    """Somebody looks at its calls or has put another forward in its place; what transformers notes outputs with does not count."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    known = "output_capturing_hook"
+    return any(getattr(hook, "__name__", "") != known for group in hooks for hook in group.values()) or "forward" in vars(module)

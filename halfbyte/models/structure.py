@@ -15,6 +15,7 @@ Does not: LayerNorm, interleaved rotation, attention sinks, ALiBi.  `doctor MODE
 
 import copy
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -30,10 +31,12 @@ from halfbyte.kernels.gated_mlp import gated_act
 from halfbyte.kernels.rms_norm import rms_norm
 from halfbyte.log import logger
 from halfbyte.models import folder_checks
-from halfbyte.models.decoder_layer import POLICIES, FusedLayer, Plan, epsilon, run, take_over
+from halfbyte.models.announce import announce
+from halfbyte.models.decoder_layer import POLICIES, FusedLayer, Plan, decoder_layers, epsilon, run, take_over
 from halfbyte.models.modes import evaluating
-from halfbyte.models.rows import announce, rows_from
+from halfbyte.models.rows import rows_from, watched
 from halfbyte.models.transformers_calls import quiet
+from halfbyte.quant.dense import is_linear_like
 
 TOKENS = (7, 5)
 ROUNDINGS = 16
@@ -46,6 +49,7 @@ NORM_PLACES = (
     ("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
     ("attention_layernorm", "", "feedforward_layernorm", ""),
 )
+CAPS = re.compile("softcap|logit_cap")
 ACTS = ("silu", "gelu_tanh", "gelu")
 
 
@@ -75,15 +79,6 @@ class _Seen:
     named: dict[str, Any]
 
 
-def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """name -> layer of a numbered list, for all that hold an attention."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "self_attn", None), nn.Module) and name.rpartition(".")[2].isdigit()
-    }
-
-
 def fuse(model: Any) -> Fused:
     """Take over the model's decoder layers where all of them fit; a second call finds it done."""
     layers = decoder_layers(model)
@@ -97,7 +92,7 @@ def fuse(model: Any) -> Fused:
         return Fused(0, 0, str(unfit))
     for name, layer in layers.items():
         surgery.replace(model, name, take_over(layer, plans[name]))
-    backbone.register_forward_pre_hook(announce, with_kwargs=True)
+    announce(backbone)
     return _counted(decoder_layers(model))
 
 
@@ -146,6 +141,12 @@ def _plans(model: Any, backbone: nn.Module, layers: dict[str, nn.Module]) -> dic
         raise Unfit(f"{len(others - set(layers))} of {len(others)} layers hold no self_attn")
     if any("forward" in vars(module) for layer in layers.values() for module in layer.modules()):
         raise Unfit("a module has a forward of its own, not that of its class")
+    strange = [name for layer in layers.values() for name, part in layer.named_modules() if name and _hooked(part)]
+    if strange:
+        raise Unfit(f"{strange[0]} has hooks, which own layers would not call")
+    caps = sorted({key for layer in layers.values() for key in _caps(layer.self_attn)})
+    if caps:
+        raise Unfit(f"the config sets {', '.join(caps)}")
     kinds = {name: _kind(layer) for name, layer in layers.items()}
     firsts: dict[Any, str] = {}
     for name, kind in kinds.items():
@@ -158,9 +159,22 @@ def _plans(model: Any, backbone: nn.Module, layers: dict[str, nn.Module]) -> dic
     return {name: plans[kind] for name, kind in kinds.items()}
 
 
+def _hooked(part: nn.Module) -> bool:
+    """Hooks on a linear layer or an adapter are seen at each call (decoder_layer.projection), on anything else they would be lost."""
+    return not is_linear_like(part) and not hasattr(part, "lora_a") and watched(part)
+
+
+def _caps(attention: Any) -> list[str]:
+    """Settings of the architecture that bend scores in a way no reading knows."""
+    config = getattr(attention, "config", None)
+    set_ones = [key for key in inspect.signature(type(config)).parameters if CAPS.search(key) and getattr(config, key, None)]
+    known = {"final_logit_softcapping", *(["attn_logit_softcapping"] if hasattr(attention, "attn_logit_softcapping") else [])}
+    return [key for key in set_ones if key not in known]
+
+
 def _kind(layer: nn.Module) -> tuple[Any, ...]:
-    """Classes and plain settings of a layer's parts; what numbers a layer is left out."""
-    parts: list[Any] = []
+    """Classes and plain settings of a layer's parts and its window; what numbers a layer is left out."""
+    parts: list[Any] = [("window", _window(layer.self_attn), ())] if hasattr(layer.self_attn, "config") else []
     for name, module in layer.named_modules():
         if name.count(".") > 1:
             continue
@@ -278,8 +292,9 @@ def _form(module: Any) -> int:
 def _inner(mlp: nn.Module) -> tuple[str, ...]:
     """Names of the projections before the activation; nothing where the MLP is not a gated one of known parts."""
     linear = {name for name, _ in mlp.named_children() if name.endswith("_proj")}
-    if any(parameter.ndim != 1 for _, parameter in mlp.named_parameters(recurse=False)):
-        return ()
+    beside = [child for name, child in mlp.named_children() if name not in linear]
+    if [*mlp.parameters(recurse=False), *mlp.buffers(recurse=False), *(own for child in beside for own in child.parameters())]:
+        return ()  # a scale of ones would pass the probe and be lost when it learns
     known = ({"gate_proj", "up_proj", "down_proj"}, ("gate_proj", "up_proj")), ({"gate_up_proj", "down_proj"}, ("gate_up_proj",))
     return next((names for parts, names in known if parts == linear), ())
 

@@ -85,6 +85,8 @@ class AdamW(torch.optim.Optimizer):
                 else:
                     plain.append((parameter, parameter.grad, state))
             _update_float32(plain, group)
+            # kernels write through pointers: whoever kept a parameter for later (autograd, lazy logits) must be able to see it
+            torch.autograd.graph.increment_version([parameter for parameter in group["params"] if parameter.grad is not None])
         return loss
 
     def allocate(self) -> None:

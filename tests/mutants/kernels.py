@@ -59,8 +59,9 @@ MUTANTS = [
         "            total += part if part > 0 else np.float32(0)", _CROSS_ENTROPY + "test_what_is_no_number_shows_in_the_loss",
     ),
     Mutant(
-        "T42", "the bits of a NaN are rounded up", "halfbyte/kernels/scalars.py", "    return rounded if wide == wide else np.uint16(0x7FC0)",
-        "    return rounded", "tests/kernels/test_kernels_nan.py::test_every_nan_stays_nan",
+        "T42", "the bits of a NaN are rounded up", "halfbyte/kernels/scalars.py",
+        "    return rounded if wide == wide else np.uint16(0x7FC0)", "    return rounded",
+        "tests/kernels/test_kernels_nan.py::test_every_nan_stays_nan",
     ),
     Mutant(
         "T57", "the normalised row is not rounded before the weight", _NORM + "cpu.py",
