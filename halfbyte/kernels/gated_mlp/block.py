@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from halfbyte.kernels.gated_mlp import gated_act, gated_act_backward
-from halfbyte.kernels.lora_linear import Norm, Projection, project, project_backward
+from halfbyte.kernels.lora_linear import Frozen, Norm, Projection, project, project_backward
 from halfbyte.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
 
 
@@ -42,15 +42,19 @@ class Mlp:
 def gated_mlp(residual_TH: Tensor, delta_TH: Tensor, norm: Norm, mlp: Mlp, keep: bool = True) -> Tensor:
     """(T, H) the residual stream after the block; differentiable in both inputs and all factors."""
     factors = [factor for projection in (*mlp.inner, mlp.down) for factor in projection.factors]
-    bare = Mlp(tuple(_bare(p) for p in mlp.inner), _bare(mlp.down), mlp.act)
-    return _GatedMlp.apply(residual_TH, delta_TH, norm, bare, keep, *factors)
+    return _GatedMlp.apply(residual_TH, delta_TH, norm, _Bare(tuple(p.bare for p in mlp.inner), mlp.down.bare, mlp.act), keep, *factors)
 
 
-def _bare(p: Projection) -> Projection:
-    return Projection(p.weight, p.bias, None, None, p.scaling if p.factors else 0.0)
+@dataclass(frozen=True)
+class _Bare:
+    """An Mlp without its factors."""
+
+    inner: tuple[Frozen, ...]
+    down: Frozen
+    act: str
 
 
-def _split(mlp: Mlp, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _split(mlp: _Bare, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     if len(outputs) == 2:
         return outputs[0], outputs[1]
     gate, up = outputs[0].chunk(2, dim=-1)
@@ -73,9 +77,9 @@ def without_down() -> Iterator[None]:
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, delta: Tensor, norm: Norm, mlp: Mlp, keep: bool, *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, residual: Tensor, delta: Tensor, norm: Norm, mlp: _Bare, keep: bool, *factors: Tensor) -> Tensor:
         summed, normed, rstd = add_rms_norm(residual, delta, norm.weight, norm.eps, norm.form)
-        inner, repeating = sum(2 for p in mlp.inner if p.scaling), _repeating.get()
+        inner, repeating = sum(2 for p in mlp.inner if p.adapted), _repeating.get()
         kept: tuple[Tensor, ...] = ()
         out = summed.detach() if repeating else torch.empty_like(summed)
         if keep or not repeating:
@@ -121,10 +125,10 @@ def _tiles(rows_TH: Tensor, keep: bool) -> list[slice]:
     return [slice(first, min(first + size, count)) for first in range(0, max(count, 1), size)]
 
 
-def _into_down(dout: Tensor, down: Projection, factors: Sequence[Tensor]) -> Tensor:
+def _into_down(dout: Tensor, down: Frozen, factors: Sequence[Tensor]) -> Tensor:
     """d(act(g) * u) = dout W_d + s (dout B) A."""
     dh = dout @ down.weight(dout.dtype)
-    if down.scaling:
+    if down.adapted:
         a, b = factors
         dh.addmm_(dout @ b.to(dout.dtype), a.to(dout.dtype), alpha=down.scaling)
     return dh

@@ -30,18 +30,27 @@ from halfbyte.kernels.rms_norm import rms_norm_backward
 
 @dataclass(frozen=True)
 class Projection:
-    """One frozen map and its update, None where there is none.  weight(dtype) -> (O, I) of that dtype, without gradient."""
+    """One frozen map and its update.  weight(dtype) -> (O, I) of that dtype, without gradient; factors are (A, B), or nothing."""
 
     weight: Callable[[torch.dtype], Tensor]
     bias: Tensor | None = None
-    lora_a: Tensor | None = None
-    lora_b: Tensor | None = None
+    factors: tuple[Tensor, ...] = ()
     scaling: float = 1.0
 
     @property
-    def factors(self) -> tuple[Tensor, ...]:
-        """(A, B) or nothing."""
-        return () if self.lora_a is None or self.lora_b is None else (self.lora_a, self.lora_b)
+    def bare(self) -> "Frozen":
+        """What it is without its factors, which autograd wants as inputs of their own."""
+        return Frozen(self.weight, self.bias, self.scaling, bool(self.factors))
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A projection whose factors stand elsewhere; `adapted` says whether it has any."""
+
+    weight: Callable[[torch.dtype], Tensor]
+    bias: Tensor | None
+    scaling: float
+    adapted: bool
 
 
 @dataclass(frozen=True)
@@ -56,13 +65,12 @@ class Norm:
 def lora_linear(x_TI: Tensor, projections: Sequence[Projection], normed: Norm | None = None) -> tuple[Tensor, ...]:
     """(T, O_p) for each projection; differentiable in x and in all factors."""
     factors = [factor for projection in projections for factor in projection.factors]
-    frozen = tuple(Projection(p.weight, p.bias, None, None, p.scaling if p.factors else 0.0) for p in projections)
-    return _LoraLinear.apply(x_TI, frozen, normed, *factors)
+    return _LoraLinear.apply(x_TI, tuple(projection.bare for projection in projections), normed, *factors)
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, projections: tuple[Projection, ...], normed: Norm | None, *factors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, projections: tuple[Frozen, ...], normed: Norm | None, *factors: Tensor) -> tuple[Tensor, ...]:
         h, rstd = (x, None) if normed is None else _rms_norm(x, normed.weight, normed.eps, normed.form)
         ctx.save_for_backward(x, rstd, *factors)
         ctx.projections, ctx.normed = projections, normed
@@ -80,14 +88,14 @@ class _LoraLinear(torch.autograd.Function):
         return (dh, None, None, *gradients)
 
 
-def project(h: Tensor, projections: Sequence[Projection], factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The forward products; `factors` are the A and B of the projections with a scaling that is not 0, in their order."""
+def project(h: Tensor, projections: Sequence[Frozen], factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The forward products; `factors` are the A and B of the adapted projections, in their order."""
     outputs = []
     lows = _low(h, factors[::2])
     left = list(zip(lows, factors[1::2]))
     for projection in projections:
         y = linear(h, projection.weight(h.dtype), _as(projection.bias, h.dtype))
-        if projection.scaling:
+        if projection.adapted:
             low, b = left.pop(0)
             y.addmm_(low, b.to(h.dtype).T, alpha=projection.scaling)
         outputs.append(y)
@@ -95,7 +103,7 @@ def project(h: Tensor, projections: Sequence[Projection], factors: Sequence[Tens
 
 
 def project_backward(
-    h: Tensor, dys: Sequence[Tensor], projections: Sequence[Projection], factors: Sequence[Tensor], needs_input: bool
+    h: Tensor, dys: Sequence[Tensor], projections: Sequence[Frozen], factors: Sequence[Tensor], needs_input: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
     """(dh or None, gradients of the factors in the order they were given)."""
     lows = _low(h, factors[::2])
@@ -108,7 +116,7 @@ def project_backward(
             w = projection.weight(h.dtype)
             dh = dy @ w if dh is None else dh.addmm_(dy, w)
             del w
-        if projection.scaling:
+        if projection.adapted:
             low, a, b = pairs.pop(0)
             u = (dy @ b.to(h.dtype)).mul_(projection.scaling)
             gradients += [(u.T @ h).to(a.dtype), (low.T @ dy).T.to(b.dtype).mul_(projection.scaling)]
