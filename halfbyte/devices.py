@@ -114,6 +114,11 @@ def _cpu() -> tuple[str, tuple[str, ...]]:
     return fields.get("model name") or platform.machine(), tuple(flag for flag in _WATCHED_FLAGS if flag in flags)
 
 
+def processor() -> tuple[str, tuple[str, ...]]:
+    """(name of the processor, its instruction sets that matter here)."""
+    return _cpu()
+
+
 def native_bf16() -> str:
     """The instruction set with which this processor multiplies bfloat16; empty where it has none."""
     return next((flag for flag in _cpu()[1] if flag in NATIVE_BF16), "")
@@ -200,10 +205,9 @@ def set_threads(count: int) -> None:
 class FreedMemory:
     """Let glibc keep what this process frees for the next use, within a bound; nothing happens where there is no glibc.
 
-    By default large blocks go back to the system at once and come again page by page, each page cleared by the kernel: a warm training step
-    spent up to a quarter of its time in such faults.  Kept without a bound they pile up instead, for an aligned block seldom fits where
-    its like has been; so `bound`, called after each step, gives everything free back once the process is GROWTH times what it was after
-    the first step since the last time.
+    By default large blocks go back to the system at once and come again page by page, each page cleared by the kernel, at every step of a
+    training.  Kept without a bound they pile up instead, for an aligned block seldom fits where its like has been; so `bound`, called
+    after each step, gives everything free back once the process is GROWTH times what it was after the first step since the last time.
     Source: https://man7.org/linux/man-pages/man3/mallopt.3.html
     """
 
