@@ -50,6 +50,7 @@ def train(
 
     These two are the same: `halfbyte train run.yaml lora.rank=32`, with model, data, method and out in the file, and
     `halfbyte train --model M --data F --method qlora --out DIR lora.rank=32`.
+    `halfbyte lr` with the same words finds the learning rate first.
     """
     from halfbyte.cli.terminal import say
     from halfbyte.config import load_config, to_yaml

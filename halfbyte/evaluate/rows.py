@@ -69,10 +69,10 @@ class Answered:
 def answer_rows(
     opened: Opened, data: str | Path, *, batch_size: int = 8, max_new_tokens: int = 128, max_rows: int | None = None
 ) -> Answered:
-    """Let the model answer each row's prompt.  Raises DataError where a row has none."""
+    """Let the model answer each row's prompt.  Raises DataError where a row has none: plain text is not asked anything."""
     read = _read(opened, data, max_rows, "last-assistant")
     prompts = [prompt_of(example) for example in read.train]
-    if not all(prompts):
+    if read.shape.name in ("text", "tokens") or not all(prompts):
         raise DataError(
             "answers can be scored only where a row has a prompt",
             code="E-DATA-082",
@@ -86,6 +86,12 @@ def answer_rows(
     return Answered(
         asked, references, generate(opened.model, opened.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     )
+
+
+def loss_batches(opened: Opened, data: str | Path, *, batch_size: int = 8, max_rows: int | None = None) -> list[Batch]:
+    """The rows of a file as batches whose loss can be taken again and again.  Raises DataError and ConfigError."""
+    _check_size(batch_size)
+    return _batches(_read(opened, data, max_rows, opened.train_on), opened, batch_size)
 
 
 def scores(answers: Sequence[str], references: Sequence[str], metrics: Sequence[str]) -> dict[str, float]:

@@ -4,6 +4,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from halfbyte.pages.page import clean
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -28,8 +30,8 @@ def _png(figure: "Figure") -> bytes:
 
 
 def _plain(name: str) -> str:
-    """A name as matplotlib draws it letter by letter: no mathematics between dollar signs."""
-    return name.replace("$", r"\$")
+    """A name as matplotlib draws it letter by letter: no mathematics between dollar signs, no control characters, no secrets."""
+    return clean(name).replace("$", r"\$")
 
 
 def loss_curves(curves: Mapping[str, Sequence[Sequence[Sequence[float]]]]) -> bytes:
@@ -60,7 +62,7 @@ def loss_against_memory(points: Mapping[str, tuple[float, float, float | None]])
                       marker=MARKS[number % len(MARKS)], markersize=8, capsize=4, linestyle="none", label=_plain(name))  # fmt: skip
     if points:
         axes.legend(frameon=False)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.08 * max((size / GIB for size, _, _ in points.values()), default=1.0))
     axes.set_xlabel("peak memory of the process, GiB")
     axes.set_ylabel("held-out loss, nats/token")
     axes.grid(alpha=0.25)
