@@ -52,7 +52,7 @@ def compare(
 
     Each setting gets its own best learning rate from a short sweep. Stopped or killed, the same command goes on where it was.
     """
-    from halfbyte.cli.terminal import say
+    from halfbyte.cli.terminal import progress, say
     from halfbyte.errors import ConfigError
     from halfbyte.evaluate.rows import METRICS
     from halfbyte.studies import comparison, comparison_files
@@ -68,7 +68,7 @@ def compare(
         tuple(arms_of(path, overrides, flags, methods=named, file=arms)), seeds, sweep_rows, general,
         Score(score, score_rows, max_new_tokens) if score_rows else None, samples, max(1, jobs),
     )  # fmt: skip
-    found = comparison.numbers(run(absolute(study), out, say))
+    found = comparison.numbers(run(absolute(study), out, progress if as_json else say))
     page = comparison_files.write(found, out)
     if as_json:
         from json import dumps

@@ -23,6 +23,11 @@ def say(text: str) -> None:
     print(redact.terminal(redact.secrets(text)), flush=True)
 
 
+def progress(text: str) -> None:
+    """The same beside the result, on standard error."""
+    print(redact.terminal(redact.secrets(text)), file=sys.stderr, flush=True)
+
+
 def marked(pieces: Iterable[tuple[str, bool]]) -> str:
     """Text pieces as one text, trained ones coloured, or between [[ and ]] without colour."""
     start, end = (_TRAINED, _PLAIN) if colour() else ("[[", "]]")

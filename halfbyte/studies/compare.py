@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from halfbyte import devices
 from halfbyte.config import RunConfig
-from halfbyte.errors import ConfigError, DoesNotFitError
+from halfbyte.errors import ConfigError, DoesNotFitError, NumericError
 from halfbyte.studies import base, learning_rate, rows
 from halfbyte.studies.arms import Arm
 from halfbyte.studies.runs import Folder, Say, call, failure, opened, read_json, require_same, train, write_json
@@ -66,6 +66,14 @@ class Study:
 
 
 @dataclass(frozen=True)
+class Out:
+    """Why a setting has no numbers: it does not fit, or it diverges; the others go on."""
+
+    status: str
+    error: str
+
+
+@dataclass(frozen=True)
 class Outcome:
     """One setting's part of a finished study: its rate's sweep, the outcome of each seed's run, and how it was judged."""
 
@@ -102,11 +110,11 @@ def run(study: Study, path: Path, say: Say) -> Results:
         swept = _each(study.jobs, arms, lambda arm: _sweep(study, folder, arm, found))
         trained = _train_all(study, folder, [(arm, sweep) for arm, (sweep, _) in zip(arms, swept)])
         outcomes = []
-        for number, (arm, (sweep, error)) in enumerate(zip(study.arms, swept)):
+        for number, (arm, (sweep, out)) in enumerate(zip(study.arms, swept)):
             runs = [trained[number, seed] for seed in range(study.seeds) if (number, seed) in trained]
-            status = next((one["status"] for one in runs if one["status"] != "finished"), "does not fit" if error else "finished")
-            error = error or next((one["error"] for one in runs if "error" in one), "")
-            judged = [_judge(study, folder, arm, seed, one, text) for seed, one in enumerate(runs)] if status == "finished" else []
+            out = out or next((Out(one["status"], one["error"]) for one in runs if one["status"] != "finished"), None)
+            judged = [_judge(study, folder, arm, seed, one, text) for seed, one in enumerate(runs)] if out is None else []
+            status, error = (out.status, out.error) if out else ("finished", "")
             outcomes.append(Outcome(arm, status, sweep, runs, judged, error, bases[number]))
     return Results(study, found, words, outcomes)
 
@@ -144,10 +152,10 @@ def _same_rows(folder: Path) -> dict[str, Any]:
     return {"path": str(place / "train.jsonl"), "eval_path": str(place / "held-out.jsonl"), "eval_rows": "auto", "max_rows": None}
 
 
-def _sweep(study: Study, folder: Folder, arm: Arm, found: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
-    """(the sweep of a setting, why there is none): None and no reason where none was asked for."""
+def _sweep(study: Study, folder: Folder, arm: Arm, found: dict[str, Any]) -> tuple[dict[str, Any] | None, Out | None]:
+    """(the sweep of a setting, why it is out of the comparison): neither where no sweep was asked for."""
     if study.sweep_rows == 0:
-        return None, ""
+        return None, None
     kept = folder.path / "sweep" / f"{arm.name}.json"
     before = read_json(kept)
     if before is None:
@@ -158,11 +166,13 @@ def _sweep(study: Study, folder: Folder, arm: Arm, found: dict[str, Any]) -> tup
                 held_out=place / "sweep-held-out.jsonl",
             )  # fmt: skip
         except DoesNotFitError as fault:
-            return None, fault.found
+            return None, Out("does not fit", fault.found)
+        except NumericError as fault:
+            return None, Out("no stable learning rate", fault.found)
         before = sweep.as_dict()
         write_json(kept, before)
         folder.say(f"{arm.name}: learning rate {before['rate']:.3g} of {len(before['points'])} tried")
-    return before, ""
+    return before, None
 
 
 def settings_of(study: Study, folder: Path, arm: Arm, seed: int, rate: float | None) -> RunConfig:

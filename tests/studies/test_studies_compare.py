@@ -185,6 +185,20 @@ def test_what_was_forgotten_is_judged_with_and_without_the_adapter(world: Path, 
     assert judge.judged({**order, "held_out": str(texts), "score": None, "general": None}) == {}
 
 
+def test_a_setting_that_runs_out_of_memory_is_a_line_of_the_table(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFBYTE_KERNELS", "reference")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("HALFBYTE_FAULTS", "train.micro_batch:memory:*")
+    alone = study(world)
+    alone = Study(alone.arms[1:], seeds=1, sweep_rows=0, general="none", samples=0)
+    made = comparison.numbers(compare.run(alone, tmp_path / "out", lambda text: None))
+    assert made["arms"][0]["status"] == "does not fit" and made["reference"] is None
+    comparison_files.write(made, tmp_path / "out")
+    assert "does not fit" in (tmp_path / "out" / "comparison.txt").read_text()
+    monkeypatch.delenv("HALFBYTE_FAULTS")
+    assert comparison.numbers(compare.run(alone, tmp_path / "out", lambda text: None)) == made  # an outcome is kept like any other
+
+
 def test_a_run_that_diverges_or_does_not_fit_is_an_outcome_and_any_other_fault_ends_the_study(tmp_path: Path) -> None:
     log = tmp_path / "run.log"
     log.write_text("step 1\nerror E-NUM-301: the loss must be finite\n  found:    nan\n")
