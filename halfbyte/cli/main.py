@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from halfbyte import redact
-from halfbyte.cli import chat, compare, data, doctor, evaluate, generate, lr, merge, plan, quantize, quickstart, train
+from halfbyte.cli import chat, compare, data, doctor, evaluate, generate, lr, merge, plan, quantize, quickstart, rank, train
 from halfbyte.errors import HalfbyteError
 
 app = typer.Typer(
@@ -39,6 +39,7 @@ def _options(
 
 app.command("quickstart")(quickstart.quickstart)
 app.command("plan")(plan.plan)
+app.command("rank")(rank.rank)
 app.command("train")(train.train)
 app.command("lr")(lr.lr)
 app.command("compare")(compare.compare)

@@ -1,0 +1,139 @@
+"""`halfbyte rank`: which rank a model needs for some rows, what rank a trained adapter uses, and an adapter of smaller rank."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halfbyte.cli.options import AllowDownload, ForceBase
+from halfbyte.cli.train import split_settings
+
+
+def rank(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG.yaml] [key=value]...",
+            show_default=False,
+            help="Settings of the run that is planned, as `halfbyte train` takes them: targets, alpha, learning rate, epochs.",
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="M", help="Base: starter, a folder, a GGUF file or a Hub id.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="Rows to train on; with --adapter, rows to judge it by.")
+    ] = None,
+    method: Annotated[str | None, typer.Option("--method", metavar="qlora|lora", help="What is trained.")] = None,
+    stages: Annotated[
+        str, typer.Option("--stages", metavar="NAMES", help="What to measure, the cheapest first.")
+    ] = "capacity,gradient,probe",
+    task: Annotated[
+        str, typer.Option("--task", metavar="NAME", help="What the rows teach: reinforcement, style, instructions, knowledge.")
+    ] = "instructions",
+    rows: Annotated[int, typer.Option("--rows", metavar="N", help="Rows for capacity and gradient.")] = 256,
+    probe_rank: Annotated[int, typer.Option("--probe-rank", metavar="R", help="Rank of the probe run.")] = 64,
+    probe_steps: Annotated[
+        int | None, typer.Option("--probe-steps", metavar="N", help="Steps of the probe; else a tenth of the run, at least 30.")
+    ] = None,
+    modules: Annotated[bool, typer.Option("--modules", help="Print ranks of single modules, ready for a settings file.")] = False,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", metavar="RUN", help="A run or adapter folder: show what rank it uses.")
+    ] = None,
+    truncate: Annotated[int | None, typer.Option("--truncate", metavar="R", help="With --adapter: make an adapter of this rank.")] = None,
+    joint: Annotated[
+        bool, typer.Option("--joint", help="With --truncate: the same parameters, given to the modules that need them.")
+    ] = False,
+    to: Annotated[Path | None, typer.Option("--to", metavar="FOLDER", help="New folder for the truncated adapter.")] = None,
+    max_rows: Annotated[
+        int | None, typer.Option("--max-rows", metavar="N", help="With --adapter: only the first N rows of --data.")
+    ] = None,
+    allow_download: AllowDownload = False,
+    force_base: ForceBase = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Recommend a rank for a model and rows, from measurements on them; or look at a trained adapter and make it smaller.
+
+    `halfbyte rank --model M --data F` measures in three stages and prints r / 2, r and 2 r with loss, bytes and time.
+    `halfbyte rank --adapter RUN --truncate 8 --to FOLDER --data F` writes the nearest adapter of rank 8 and measures what it costs.
+    """
+    from json import dumps
+
+    from halfbyte.cli.terminal import say
+
+    _require_fit(settings, model, adapter, truncate, joint, to, max_rows)
+    if adapter is not None:
+        text, values = _look(adapter, data, truncate, joint, to, max_rows, allow_download, force_base)
+    else:
+        from halfbyte.config import load_config
+        from halfbyte.studies import rank_text
+        from halfbyte.studies.rank import Ask, recommend
+
+        path, overrides = split_settings(settings or [])
+        flags: dict[str, object] = {"model": model, "data": data, "method": method, "model.allow_download": allow_download or None}
+        config = load_config(path, overrides, {name: value for name, value in flags.items() if value is not None})
+        names = tuple(name.strip() for name in stages.split(",") if name.strip())
+        found = recommend(config, Ask(names, task, probe_rank, probe_steps, rows))
+        text, values = rank_text.recommendation_text(found, modules=modules), rank_text.recommendation_dict(found)
+    say(dumps(values, indent=1) if as_json else text)
+
+
+def _require_fit(
+    settings: list[str] | None, model: str | None, adapter: Path | None, truncate: int | None, joint: bool, to: Path | None,
+    max_rows: int | None,
+) -> None:  # fmt: skip
+    """Options that have no effect together are refused."""
+    from halfbyte.errors import ConfigError
+
+    wrong = ""
+    if adapter is None and (truncate is not None or to is not None or joint or max_rows is not None):
+        wrong = "--truncate, --joint, --to and --max-rows without --adapter"
+    elif adapter is not None and (settings or model is not None):
+        wrong = "--adapter with settings or --model"
+    elif truncate is None and (joint or to is not None):
+        wrong = "--joint or --to without --truncate"
+    elif truncate is not None and to is None:
+        wrong = "--truncate without --to"
+    if wrong:
+        raise ConfigError(
+            "these options do not go together", code="E-CONF-545", place="halfbyte rank", found=wrong,
+            expected="--model M --data FILE, or --adapter RUN [--truncate R --to FOLDER] [--data FILE]",
+            nothing_done="Nothing was measured.",
+        )  # fmt: skip
+
+
+def _look(
+    folder: Path, data: str | None, truncate: int | None, joint: bool, to: Path | None, max_rows: int | None, allow_download: bool,
+    force_base: bool,
+) -> tuple[str, dict[str, object]]:  # fmt: skip
+    """Spectrum of an adapter; its truncation; what cuts cost, where rows are given."""
+    from dataclasses import asdict
+
+    from halfbyte.adapters.truncate import open_folder
+    from halfbyte.studies import rank_adapter, rank_text
+    from halfbyte.studies.rank_probe import powers
+
+    whole = open_folder(folder)
+    top = max(whole.ranks.values())
+    found = rank_adapter.groups(whole)
+    shares = {number: whole.cut(number).left_out for number in powers(top)}
+    texts = [rank_text.adapter_text(f"{folder}, rank {top}", found, shares)]
+    values: dict[str, object] = {
+        "adapter": str(whole.folder), "rank": top, "modules": [asdict(group) for group in found], "left_out": shares,
+        "singular_values": {name: part.values.tolist() for name, part in whole.spectra.items()},
+    }  # fmt: skip
+    cuts = {f"rank {number}": whole.cut(number) for number in powers(top)[:-1]}
+    if truncate is not None and to is not None:
+        cut = whole.cut(truncate, joint=joint)
+        name = f"rank {truncate}" + (", joint" if joint else "")
+        cuts = {name: cut}
+        whole.write(cut, to)
+        texts.append(f"written: {to}, {name}, {cut.parameters} parameters, {100 * cut.left_out:.2f} % of the squared norm left out")
+        values["truncated"] = {"folder": str(to), "ranks": cut.ranks, "parameters": cut.parameters, "left_out": cut.left_out}
+    if data is not None:
+        from halfbyte.evaluate.opened import open_model
+        from halfbyte.evaluate.rows import loss_batches
+
+        opened = open_model(folder, allow_download=allow_download, force_base=force_base)
+        costs = rank_adapter.costs(opened, whole, loss_batches(opened, data, batch_size=4, max_rows=max_rows), cuts)
+        texts.append(rank_text.costs_text(costs))
+        values["costs"] = asdict(costs)
+    return "\n\n".join(texts), values

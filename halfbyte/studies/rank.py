@@ -1,0 +1,245 @@
+"""Which rank?  The three stages on a model and its rows, the decision, and what r / 2, r and 2 r cost.
+
+    capacity   how many bits the rows ask for                      forward only
+    gradient   which directions of the first gradient come back    three backward passes over up to `rows` rows
+    probe      a short run of a large rank, cut to smaller ones    as many steps as a tenth of the planned run, at least 30
+
+Each stage may be left out.  What is trained, on what base and at which rate is a run's own settings (RunConfig); dropout, packing and DoRA
+are left out of the trial.  Bytes are exact: 4 for each number in the file, 16 while training (value, gradient, two means of AdamW, all
+float32).  Seconds a step are an estimate: measured at one rank, and scaled by the operations of another.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from time import monotonic
+
+from halfbyte import devices
+from halfbyte.config.run import RunConfig
+from halfbyte.data.batches import Batch, Batches
+from halfbyte.data.load import TrainData, load_data, require_task
+from halfbyte.data.tokenize import Example
+from halfbyte.errors import ConfigError, DataError, nearest
+from halfbyte.models.assemble import Assembled, assemble
+from halfbyte.models.load import load_tokenizer, token_limit
+from halfbyte.models.source import resolve
+from halfbyte.studies.rank_capacity import TASKS, Capacity, capacity
+from halfbyte.studies.rank_decision import MOST, Decision, decide
+from halfbyte.studies.rank_gradient import Gradient, gradient_spectrum, module_ranks
+from halfbyte.studies.rank_probe import RECOVER_SHARE, Point, Probe, probe_run
+from halfbyte.studies.rank_problem import Problem, adapt, token_loss
+from halfbyte.train.resolve import learning_rate, total_steps
+
+STAGES = ("capacity", "gradient", "probe")
+TOKENS_AT_ONCE, HELD_OUT_ROWS, PIECE = 1024, 96, 4
+PROBE_SHARE, PROBE_LEAST = 0.1, 30
+FILE_BYTES, TRAINING_BYTES = 4, 16
+
+
+@dataclass(frozen=True)
+class Ask:
+    """stages to run; what the rows teach (a name of TASKS); rank and steps of the probe (None: a share of the run); rows of the others."""
+
+    stages: tuple[str, ...] = STAGES
+    task: str = "instructions"
+    probe_rank: int = 64
+    probe_steps: int | None = None
+    rows: int = 256
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a rank costs: parameters, bytes, seconds a step (estimate), loss after the probe's steps (estimate), distance to the best."""
+
+    rank: int
+    parameters: int
+    file_bytes: int
+    training_bytes: int
+    step_seconds: float | None
+    loss: float | None
+    gap: float | None
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The answer; `modules` are the ranks of single modules with the same sum of parameters, empty without the gradient stage."""
+
+    decision: Decision
+    choices: tuple[Choice, ...]
+    capacity: Capacity | None
+    gradient: Gradient | None
+    probe: Probe | None
+    modules: dict[str, int]
+    alpha: float
+    rslora: bool
+    planned_steps: int
+    setting: str
+    seconds: float
+
+    def lora_settings(self) -> dict[str, object]:
+        """The `lora` group with ranks and alphas of modules, alpha / rank constant."""
+        rank = self.decision.rank
+        ranks = {name: own for name, own in self.modules.items() if own != rank}
+        power = 0.5 if self.rslora else 1.0
+        return {"rank": rank, "alpha": self.alpha, "ranks": ranks,
+                "alphas": {name: round(self.alpha * (own / rank) ** power, 6) for name, own in ranks.items()}}  # fmt: skip
+
+
+def check(ask: Ask) -> None:
+    """Raise ConfigError for an unknown stage or task, and for numbers out of range."""
+    for name in ask.stages or ("",):
+        if name not in STAGES:
+            raise ConfigError("a stage is one of three", code="E-CONF-540", place="--stages", found=name[:40] or "none",
+                              expected=", ".join(STAGES), remedy=nearest(name, STAGES), nothing_done="Nothing was measured.")  # fmt: skip
+    if ask.task not in TASKS:
+        raise ConfigError("what the rows teach is one of four", code="E-CONF-541", place="--task", found=ask.task[:40],
+                          expected=", ".join(TASKS), remedy=nearest(ask.task, TASKS), nothing_done="Nothing was measured.")  # fmt: skip
+    for place, value, least, most in (("--probe-rank", ask.probe_rank, 2, MOST), ("--probe-steps", ask.probe_steps, 2, 10**6),
+                                      ("--rows", ask.rows, 8, 10**6)):  # fmt: skip
+        if value is not None and not least <= value <= most:
+            raise ConfigError("a number must be in its range", code="E-CONF-542", place=place, found=str(value),
+                              expected=f"{least:,} to {most:,}", nothing_done="Nothing was measured.")  # fmt: skip
+
+
+def recommend(config: RunConfig, ask: Ask) -> Recommendation:
+    """Measure and decide.  Raises ConfigError, DataError, ModelError, TargetError and UnsupportedError."""
+    check(ask)
+    if config.method == "full":
+        raise ConfigError("only an adapter has a rank", code="E-CONF-543", place="method", found="full", expected="qlora or lora",
+                          nothing_done="Nothing was measured.")  # fmt: skip
+    if config.model.task != "causal-lm":
+        raise ConfigError("the rank is measured for language models", code="E-CONF-544", place="model.task", found=config.model.task,
+                          expected="causal-lm", nothing_done="Nothing was measured.")  # fmt: skip
+    source = resolve(config.model.name, revision=config.model.revision, allow_download=config.model.allow_download)
+    data = load_data(config.data, load_tokenizer(source), model_limit=token_limit(source), template=config.model.template)
+    require_task(data, classify=False, place=config.data.path)
+    if "probe" in ask.stages and not data.eval:
+        raise DataError("a probe is judged by rows it was not trained on", code="E-DATA-093", place=config.data.path,
+                        found="no held-out rows", remedy="set data.eval_path or data.eval_rows, or leave the probe out of --stages",
+                        nothing_done="Nothing was measured.")  # fmt: skip
+    if len(data.train) < 4:
+        raise DataError("a rank needs rows to be measured on", code="E-DATA-094", place=config.data.path,
+                        found=f"{len(data.train)} rows", expected="4 or more", nothing_done="Nothing was measured.")  # fmt: skip
+    plain = config.lora.model_copy(update={"rank": 1, "ranks": {}, "alphas": {}, "init": "default", "dora": False})
+    assembled = assemble(config.model_copy(update={"lora": plain, "data": config.data.model_copy(update={"packing": False})}))
+    return measure(config, ask, data, assembled)
+
+
+def measure(config: RunConfig, ask: Ask, data: TrainData, assembled: Assembled) -> Recommendation:
+    """The stages on rows and a model that are here."""
+    began = monotonic()
+    problem = problem_of(config, data, assembled)
+    rank_one = sum(layer.lora_a.shape[1] + layer.lora_b.shape[0] for layer in adapt(problem, 1).values())
+    steps = total_steps(config, len(data.train))
+    pad = assembled.tokenizer.pad_token_id or 0
+    sample = pieces(data.train[:: max(1, len(data.train) // ask.rows)][: ask.rows], pad)
+    held, gradient, probe = None, None, None
+    if "capacity" in ask.stages:
+        held = capacity(problem, data.train, sample, rank_one, ask.task)
+    if "gradient" in ask.stages:
+        gradient = gradient_spectrum(problem, sample[::2], sample[1::2], sketch=sketch_for(problem), seed=config.train.seed)
+    if "probe" in ask.stages:
+        length = ask.probe_steps or min(steps, max(PROBE_LEAST, math.ceil(PROBE_SHARE * steps)))
+        probe = probe_run(
+            problem, rank=ask.probe_rank, steps=length, recover_steps=math.ceil(RECOVER_SHARE * length), rate=rate_of(config, assembled)
+        )  # fmt: skip
+        held = held.with_floor(probe.loss) if held is not None else None
+    most = max(1, devices.memory_bytes()[1] // 2 // (TRAINING_BYTES * rank_one)) if problem.device.type == "cpu" else MOST
+    decision = decide(held, gradient, probe, planned_steps=steps, most=min(MOST, most))
+    trained = sum(sum(label != -100 for label in example.labels[1:]) for example in data.train)
+    per_step = trained / len(data.train) * config.train.global_batch_size
+    timing = timing_of(gradient, probe, rank_one, assembled.total_params, per_step)
+    ranks = sorted({max(1, decision.rank // 2), decision.rank, decision.rank * 2})
+    choices = tuple(choice(rank, rank_one, probe, timing) for rank in ranks)
+    modules = module_ranks(gradient, decision.rank) if gradient is not None else {}
+    return Recommendation(
+        decision, choices, held, gradient, probe, modules, config.lora.alpha, config.lora.rslora, steps,
+        setting_text(config, data, assembled), monotonic() - began,
+    )  # fmt: skip
+
+
+def setting_text(config: RunConfig, data: TrainData, assembled: Assembled) -> str:
+    """On what it was measured, in one line."""
+    return (
+        f"{assembled.source.name}, {config.method}, {len(data.train)} training and {min(len(data.eval), HELD_OUT_ROWS)} held-out rows of "
+        f"{config.data.path}, alpha {config.lora.alpha:g}, {config.train.global_batch_size} rows a step, seed {config.train.seed}"
+    )
+
+
+def rate_of(config: RunConfig, assembled: Assembled) -> float:
+    """The run's learning rate."""
+    rate = config.optim.learning_rate
+    return learning_rate(config.method, assembled.total_params) if isinstance(rate, str) else rate
+
+
+def sketch_for(problem: Problem) -> int:
+    """128 directions, or fewer where the widest module has fewer."""
+    widths = [min(layer.lora_a.shape[1], layer.lora_b.shape[0]) for layer in adapt(problem, 1).values()]
+    return min(128, max(widths))
+
+
+def pieces(examples: Sequence[Example], pad: int) -> list[Batch]:
+    """Batches of a few rows, the shortest first."""
+    ordered = sorted(examples, key=lambda example: len(example.input_ids))
+    made = Batches(ordered, micro_batch_size=PIECE, global_batch_size=PIECE, seed=0, pad_id=pad, shuffle=False)
+    return [batch for window in made.epoch(0) for batch in window]
+
+
+def problem_of(config: RunConfig, data: TrainData, assembled: Assembled) -> Problem:
+    """The rows as training would see them, unpacked; the micro-batch keeps to what a processor does at full rate."""
+    pad = assembled.tokenizer.pad_token_id or 0
+    longest = max(len(example.input_ids) for example in data.train)
+    size = config.train.micro_batch_size
+    micro = max(1, min(config.train.global_batch_size, TOKENS_AT_ONCE // longest)) if isinstance(size, str) else size
+
+    def windows() -> Iterator[list[Batch]]:
+        batches = Batches(
+            data.train, micro_batch_size=micro, global_batch_size=config.train.global_batch_size, seed=config.train.seed, pad_id=pad
+        )
+        epoch = 0
+        while True:
+            yield from batches.epoch(epoch)
+            epoch += 1
+
+    device = next(iter(assembled.model.parameters())).device
+    held_out = pieces(data.eval[:HELD_OUT_ROWS], pad) if data.eval else []
+    return Problem(
+        assembled.model, config.lora, windows, held_out, token_loss(assembled.model), config.optim, config.train.seed, device
+    )  # fmt: skip
+
+
+def timing_of(
+    gradient: Gradient | None, probe: Probe | None, rank_one: int, total_params: int, tokens_per_step: float
+) -> Callable[[int], float] | None:
+    """rank -> seconds of an optimizer step: measured at one rank, scaled by 4 N + 6 P1 r operations a token; None where nothing ran."""
+    if probe is not None:
+        measured, at = probe.seconds_per_token, probe.rank
+    elif gradient is not None:
+        measured, at = gradient.seconds_per_token, gradient.sketch
+    else:
+        return None
+    return lambda rank: measured * tokens_per_step * (4 * total_params + 6 * rank_one * rank) / (4 * total_params + 6 * rank_one * at)
+
+
+def choice(rank: int, rank_one: int, probe: Probe | None, timing: Callable[[int], float] | None) -> Choice:
+    """What one rank costs and is predicted to reach."""
+    point = predicted(probe.points, rank) if probe is not None else None
+    parameters = rank_one * rank
+    best = min(loss for loss in (one.loss for one in probe.points.values()) if loss is not None) if probe is not None else None
+    return Choice(
+        rank, parameters, FILE_BYTES * parameters, TRAINING_BYTES * parameters, None if timing is None else timing(rank), point,
+        None if point is None or best is None else point - best,
+    )  # fmt: skip
+
+
+def predicted(points: Mapping[int, Point], rank: int) -> float | None:
+    """Loss of a rank after recovering; between two that were tried the straight line in log2(rank), above all of them the last one's."""
+    known = sorted((number, point.loss) for number, point in points.items() if point.loss is not None)
+    if not known or rank < known[0][0]:
+        return None
+    below = max(entry for entry in known if entry[0] <= rank)
+    above = min((entry for entry in known if entry[0] >= rank), default=below)
+    if above[0] == below[0]:
+        return below[1]
+    share = math.log2(rank / below[0]) / math.log2(above[0] / below[0])
+    return below[1] + share * (above[1] - below[1])

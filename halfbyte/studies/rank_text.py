@@ -1,0 +1,127 @@
+"""What `halfbyte rank` prints, and the same as plain values for --json.  Every number has its unit; an estimate is called one."""
+
+from dataclasses import asdict
+from typing import Any
+
+from halfbyte.config.yaml_text import dump
+from halfbyte.studies.rank import Choice, Recommendation
+from halfbyte.studies.rank_adapter import Costs, Group
+from halfbyte.units import bytes_text, count_text, percent_text, seconds_text
+
+
+def rows_of(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Columns padded to their widest cell."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip() for row in lines]
+
+
+def stages_text(found: Recommendation) -> list[str]:
+    """One paragraph a stage."""
+    lines = []
+    if (held := found.capacity) is not None:
+        lines.append(
+            f"capacity   {count_text(held.trained_tokens)} trained tokens, {percent_text(held.new_share)} of them new; loss "
+            f"{held.base_loss:.3f} nats/token, floor {held.floor:.3f}: {held.bits / 1e3:.0f} kbit (estimate) -> rank {held.rank} "
+            f"for {held.task} (estimate)"
+        )
+    if (seen := found.gradient) is not None:
+        some = ", ".join(f"{rank}: {percent_text(seen.explained(rank))}" for rank in (1, 4, 16, 64) if rank <= seen.sketch)
+        lines.append(
+            f"gradient   of what comes back on other rows, explained by rank {some}; median rank for 90 %: {seen.median_rank}, median "
+            f"stable rank {seen.stable_rank:.1f} (sketch of {seen.sketch} directions, {count_text(seen.tokens)} trained tokens)"
+        )
+    if (probe := found.probe) is not None:
+        lines.append(
+            f"probe      rank {probe.rank}, {probe.steps} steps at {probe.rate:g}, then {probe.recover_steps} for each cut: held-out loss "
+            f"{probe.base_loss:.4f} -> {probe.loss:.4f} nats/token on {probe.tokens} tokens; a rank is enough within "
+            f"{probe.tolerance:.4f} nats/token or the standard error"
+        )
+        header = ["rank", "cut, nats/token", "recovered, nats/token", "standard error"]
+        rows = [
+            [str(point.rank), f"{point.cut_loss:.4f}", "-" if point.loss is None else f"{point.loss:.4f}",
+             "-" if point.error is None else f"{point.error:.4f}"] for point in probe.points.values()
+        ]  # fmt: skip
+        lines += ["  " + line for line in rows_of(header, rows)]
+    return lines
+
+
+def cells(choice: Choice, recommended: int) -> list[str]:
+    """One row of the table of choices."""
+    return [
+        f"{'>' if choice.rank == recommended else ''}{choice.rank}", "-" if choice.loss is None else f"{choice.loss:.4f}",
+        "-" if choice.gap is None else f"{choice.gap:+.4f}", count_text(choice.parameters), bytes_text(choice.file_bytes),
+        bytes_text(choice.training_bytes), "-" if choice.step_seconds is None else seconds_text(choice.step_seconds),
+    ]  # fmt: skip
+
+
+def recommendation_text(found: Recommendation, *, modules: bool = False) -> str:
+    """The whole answer."""
+    rank = found.decision.rank
+    lines = [f"rank {rank}, decided by the stage {found.decision.stage}", *("  " + reason for reason in found.decision.reasons), ""]
+    header = ["rank", "loss (estimate)", "to the best", "parameters", "adapter file", "while training", "per step (estimate)"]
+    lines += rows_of(header, [cells(choice, rank) for choice in found.choices])
+    lines += ["loss: held-out nats/token after the probe's steps, an estimate of the run's" if found.probe is not None
+              else "no loss is predicted without the stage probe", ""]  # fmt: skip
+    lines += [*stages_text(found), "", f"measured on {found.setting}; {seconds_text(found.seconds)}"]
+    if found.modules:
+        changed = sum(own != rank for own in found.modules.values())
+        if modules:
+            lines += ["", f"# ranks of modules by their gradients, the same number of parameters (estimate); {changed} differ from {rank}",
+                      settings_text(found)]  # fmt: skip
+        else:
+            lines.append(f"--modules prints ranks of modules for a settings file ({changed} of {len(found.modules)} differ from {rank})")
+    return "\n".join(lines)
+
+
+def settings_text(found: Recommendation) -> str:
+    """The `lora` group with ranks of modules, ready to be put into a settings file."""
+    return dump({"lora": found.lora_settings()}).rstrip()
+
+
+def recommendation_dict(found: Recommendation) -> dict[str, Any]:
+    """The answer as plain values; losses in nats a token, sizes in bytes, times in seconds."""
+    gradient, probe, capacity = found.gradient, found.probe, found.capacity
+    return {
+        "rank": found.decision.rank, "decided_by": found.decision.stage, "reasons": list(found.decision.reasons),
+        "choices": [
+            {"rank": one.rank, "loss_estimate": one.loss, "loss_above_best_estimate": one.gap, "parameters": one.parameters,
+             "file_bytes": one.file_bytes, "training_bytes": one.training_bytes, "seconds_per_step_estimate": one.step_seconds}
+            for one in found.choices
+        ],
+        "capacity": None if capacity is None else {**asdict(capacity), "bits_estimate": capacity.bits, "rank_estimate": capacity.rank},
+        "gradient": None if gradient is None else {
+            "median_rank": gradient.median_rank, "stable_rank": gradient.stable_rank, "tokens": gradient.tokens, "sketch": gradient.sketch,
+            "modules": {name: {"rank": one.rank, "norm": one.norm, "stable_rank": one.stable_rank, "returns": one.shares[-1]}
+                        for name, one in gradient.modules.items()}},
+        "probe": None if probe is None else {
+            **asdict(probe), "points": [asdict(one) for one in probe.points.values()]},
+        "lora": found.lora_settings(), "planned_steps": found.planned_steps, "setting": found.setting, "seconds": found.seconds,
+    }  # fmt: skip
+
+
+def adapter_text(title: str, found: list[Group], ranks: dict[int, float]) -> str:
+    """The spectrum of a trained adapter."""
+    header = ["modules", "count", "rank", "effective rank", "rank for 90 %", "share of the norm"]
+    rows = [
+        [one.name, str(one.count), str(one.rank), f"{one.effective_rank:.1f}", str(one.rank_for_most), percent_text(one.share)]
+        for one in found
+    ]
+    explained = "medians over the modules; effective rank: exp of the entropy of the squared singular values; 90 % of the squared norm"
+    lines = [f"spectrum of {title}", *rows_of(header, rows), explained, ""]
+    lines += rows_of(["cut to rank", "squared norm left out"], [[str(rank), percent_text(share)] for rank, share in ranks.items()])
+    return "\n".join(lines)
+
+
+def costs_text(found: Costs) -> str:
+    """Losses of cuts, predicted and measured."""
+    header = ["cut", "parameters", "norm left out", "loss predicted (estimate)", "standard error", "loss measured", "cost"]
+    rows = [
+        [one.name, count_text(one.parameters), percent_text(one.left_out),
+         *(f"{value:.4f}" for value in (one.predicted, one.error, one.measured)), f"{one.measured - found.full:+.4f}"] for one in found.cuts
+    ]  # fmt: skip
+    return "\n".join([
+        *rows_of(header, rows),
+        f"nats/token on {found.tokens} tokens of these rows; whole adapter {found.full:.4f}, without it {found.base:.4f}; predicted by the "
+        f"same cuts on {found.calibration_tokens} other tokens",
+    ])  # fmt: skip
