@@ -6,6 +6,7 @@ another one are held out.  The starter's weights were 4-bit before it came here 
 repeated in a rotated basis, where the weights are not on that lattice: a control for the order of the arms, not a better model.
 
     python -m benchmarks.bench_calibrated [--work FOLDER]     resumes: an arm whose numbers are in FOLDER is not measured again
+    python -m benchmarks.bench_calibrated --page              only puts the committed figures into docs/calibrated.md
     python -m benchmarks.bench_calibrated --time-only         measures how long `halfbyte quantize --calibrate` takes, and adds it
 
 Numbers of quality do not depend on the machine's load; the time does.
@@ -24,6 +25,7 @@ import torch
 
 from benchmarks import calibrated_arms as arms
 from benchmarks import record
+from benchmarks.calibrated_page import PAGE, with_figures
 from halfbyte.models.load import load_model, load_tokenizer
 from halfbyte.models.source import resolve
 
@@ -141,10 +143,14 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", type=Path, default=Path("runs/bench-calibrated"))
     parser.add_argument("--time-only", action="store_true")
+    parser.add_argument("--page", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     path = record.RESULTS / "calibrated.json"
     before = json.loads(path.read_text()) if path.exists() else {}
+    if options.page:
+        PAGE.write_text(with_figures(PAGE.read_text(), before))
+        return 0
     if options.time_only:
         took = calibration_seconds(options.threads, arms.RANK)
         path.write_text(json.dumps({**before, "calibration_time": took}, indent=1) + "\n")

@@ -69,7 +69,7 @@ def choose_rows(rows: Sequence[Sequence[int]], count: int, seed: int, place: str
             tokens += len(rows[number])
     if len(chosen) < LEAST_ROWS or tokens < LEAST_TOKENS:
         raise DataError(
-            "a base is calibrated on enough rows to tell which weights matter", code="E-DATA-095", place=place,
+            "a base is calibrated on enough rows to tell which weights matter", code="E-DATA-099", place=place,
             found=f"{len(chosen)} rows with {tokens} tokens", expected=f"at least {LEAST_ROWS} rows and {LEAST_TOKENS} tokens",
             remedy="give more rows, or leave the calibration out", nothing_done="Nothing was written.",
         )  # fmt: skip

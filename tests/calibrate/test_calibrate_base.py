@@ -175,7 +175,7 @@ def test_rows_are_drawn_with_the_seed_and_too_few_are_refused() -> None:
     assert choose_rows(rows, 12, 0, "f") == choose_rows(rows, 12, 0, "f") != choose_rows(rows, 12, 1, "f")
     assert len(choose_rows(rows, 12, 0, "f")) == 12
     for few in ([], rows[:4], [[1] * (LEAST_TOKENS // 8)] * 7):
-        with pytest.raises(DataError, match=r"E-DATA-095"):
+        with pytest.raises(DataError, match=r"E-DATA-099"):
             choose_rows(few, 128, 0, "f")
 
 
@@ -190,7 +190,7 @@ def test_the_command_writes_the_folder_and_says_what_was_gained(folder: Path, tm
 
 
 @pytest.mark.parametrize(("options", "code"), [
-    ({"start_rank": 4}, "E-CONF-097"), ({"calibrate": "rows", "format": "int8"}, "E-CONF-096"), ({"calibrate": "few"}, "E-DATA-095"),
+    ({"start_rank": 4}, "E-CONF-097"), ({"calibrate": "rows", "format": "int8"}, "E-CONF-096"), ({"calibrate": "few"}, "E-DATA-099"),
     ({"calibrate": "rows", "model": "base"}, "E-MODEL-045"), ({"calibrate": "empty"}, "E-DATA"),
 ])  # fmt: skip
 def test_what_cannot_be_calibrated_is_refused(folder: Path, tmp_path: Path, options: dict[str, Any], code: str) -> None:

@@ -99,6 +99,9 @@ def test_weights_that_are_zero_stay_zero() -> None:
     for double_quant in (False, True):
         read = blockwise.dequantize(*quantize_weighted(weight, torch.ones(64), double_quant=double_quant))
         assert bool(torch.isfinite(read).all()) and not read[0].any() and read[2].any()
+    nothing = torch.zeros(4, 64)
+    packed, _ = quantize_weighted(nothing, torch.ones(64), double_quant=False)
+    assert torch.equal(packed, blockwise.quantize(nothing, double_quant=False)[0])
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:

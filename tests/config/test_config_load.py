@@ -152,6 +152,7 @@ EVERY_OTHER_SETTING = """
 data: {path: rows.csv, eval_path: held.csv, shape: classification, text_field: body, label_field: kind}
 model: {task: sequence-classification, labels: [a, b]}
 optim: {warmup_steps: 3}
+quant: {calibrate: true, calibration_rows: 20}
 train: {max_steps: 30}
 """
 
