@@ -91,6 +91,7 @@ def main() -> int:
         if done.returncode:
             return done.returncode
         comparison = json.loads((out / "comparison.json").read_text())
+        comparison["setting"]["data"] = Path(comparison["setting"]["data"]).name  # a result says nothing of this machine's folders
         for label, verdict in verdicts(comparison).items():
             print(f"{name}: {label}: {verdict}")
         if not options.dry:

@@ -8,40 +8,44 @@ import typer
 from halfbyte.cli.train import split_settings
 
 
-def compare(
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[CONFIG.yaml] [key=value]...",
-            show_default=False,
-            help="Settings for all, as `halfbyte train` takes them; each goes where it has an effect. All keys: docs/config.md.",
-        ),
-    ] = None,
-    model: Annotated[str | None, typer.Option("--model", metavar="M", help="Base: starter, a folder, a GGUF file or a Hub id.")] = None,
-    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Rows to train on: jsonl, json, csv or parquet.")] = None,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the study; the same command goes on in it.")] = Path(
-        "runs/compare"
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG.yaml] [key=value]...",
+        show_default=False,
+        help="Settings for all, as `halfbyte train` takes them; each goes where it has an effect. All keys: docs/config.md.",
     ),
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            "--methods", metavar="NAMES", help="full,lora,qlora,qlora-calibrated unless --arms is given; names with commas between."
-        ),
-    ] = None,
-    arms: Annotated[
-        Path | None, typer.Option("--arms", metavar="FILE.yaml", help="Named settings: r8: {method: lora, lora.rank: 8}.")
-    ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", help="Runs of each setting; a seed changes the order of the rows and the start.")] = 3,
-    sweep_rows: Annotated[
-        int, typer.Option("--sweep-rows", help="Rows of the short runs that find each learning rate; 0 takes optim.learning_rate.")
-    ] = 300,
-    general: Annotated[
-        str | None,
-        typer.Option("--general", metavar="FILE", help="General text to see what was forgotten; none leaves it out. Else Python's own."),
-    ] = None,
-    score: Annotated[
-        str, typer.Option("--score", metavar="NAME", help="exact_match, final_answer, rouge1, rouge2, rougeL, bleu or chrf.")
-    ] = "rougeL",
+]
+Model = Annotated[str | None, typer.Option("--model", metavar="M", help="Base: starter, a folder, a GGUF file or a Hub id.")]
+Data = Annotated[str | None, typer.Option("--data", metavar="FILE", help="Rows to train on: jsonl, json, csv or parquet.")]
+Folder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the study; the same command goes on in it.")]
+Methods = Annotated[
+    str | None,
+    typer.Option("--methods", metavar="NAMES", help="full,lora,qlora,qlora-calibrated unless --arms is given; names with commas between."),
+]
+Arms = Annotated[Path | None, typer.Option("--arms", metavar="FILE.yaml", help="Named settings: r8: {method: lora, lora.rank: 8}.")]
+Seeds = Annotated[int, typer.Option("--seeds", help="Runs of each setting; a seed changes the order of the rows and the start.")]
+SweepRows = Annotated[
+    int, typer.Option("--sweep-rows", help="Rows of the short runs that find each learning rate; 0 takes optim.learning_rate.")
+]
+General = Annotated[
+    str | None,
+    typer.Option("--general", metavar="FILE", help="General text to see what was forgotten; none leaves it out. Else Python's own."),
+]
+ScoreName = Annotated[str, typer.Option("--score", metavar="NAME", help="exact_match, final_answer, rouge1, rouge2, rougeL, bleu or chrf.")]
+
+
+def compare(
+    settings: Settings = None,
+    model: Model = None,
+    data: Data = None,
+    out: Folder = Path("runs/compare"),
+    methods: Methods = None,
+    arms: Arms = None,
+    seeds: Seeds = 3,
+    sweep_rows: SweepRows = 300,
+    general: General = None,
+    score: ScoreName = "rougeL",
     score_rows: Annotated[int, typer.Option("--score-rows", help="Held-out rows the model answers for the task score; 0: none.")] = 0,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, with --score-rows.")] = 128,
     samples: Annotated[int, typer.Option("--samples", help="Answers of each setting shown on the page.")] = 3,
