@@ -7,7 +7,6 @@ import typer
 
 from halfbyte.cli.train import split_settings
 
-
 Settings = Annotated[
     list[str] | None,
     typer.Argument(
