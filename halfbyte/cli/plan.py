@@ -1,5 +1,6 @@
 """`halfbyte plan`: will it fit, with which method and settings, before anything is loaded."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,6 +28,10 @@ def plan(
     ] = None,
     state: Annotated[str | None, typer.Option("--state", metavar="float32|int8", help="Optimizer state; else what fits.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")] = False,
+    page: Annotated[str | None, typer.Option("--page", metavar="FILE", help="Write the answer as a page of its own as well.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this machine at the model's widths first, for the times; kept in the cache folder.")
+    ] = False,
 ) -> None:
     """Say whether training fits, with all methods side by side: memory term by term, the settings that fit, what to change.
 
@@ -37,12 +42,19 @@ def plan(
     from halfbyte.plan.question import ask
     from halfbyte.plan.text import plan_text
 
-    given = answer(
-        ask(
-            model, data=data, gpu=gpu, gpu_memory=gpu_memory, method=method, rank=rank, targets=targets, max_tokens=max_tokens,
-            micro_batch_size=micro_batch_size, policy=policy, state=state,
-        )
+    question = ask(
+        model, data=data, gpu=gpu, gpu_memory=gpu_memory, method=method, rank=rank, targets=targets, max_tokens=max_tokens,
+        micro_batch_size=micro_batch_size, policy=policy, state=state, calibrate=calibrate,
     )  # fmt: skip
+    if calibrate:
+        from halfbyte.plan.rates import measure
+
+        measure(question.shape, question.base.dtype)
+    given = answer(question)
+    if page is not None:
+        from halfbyte.plan.page import write
+
+        write(Path(page), given)
     if json:
         from json import dumps
 

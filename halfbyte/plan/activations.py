@@ -179,6 +179,20 @@ def kept_bytes(shape: ModelShape, setting: Setting) -> int:
     return ceil(setting.batch_tokens * (shape.layers * layer + once))
 
 
+def gap_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What the heap of a CPU cannot use again between the blocks of a layer: half of the largest, for every layer.
+
+    Activations come and go as blocks of a few sizes between small ones that stay.  A free piece of the heap takes blocks until the next
+    does not fit; what is left over at its end is, in the mean, half of the largest block that a layer keeps.
+    """
+    if setting.device != "cpu":
+        return 0
+    sizes, policy = words(shape, setting), POLICIES[setting.policy]
+    rows = rows_of(shape, setting, policy.keeps or policy.host)
+    largest = max(sizes[word] * (row.width or WIDTHS[setting.dtype]) for row in rows for word in row.words)
+    return ceil(shape.layers * setting.batch_tokens * largest / 2)
+
+
 def host_bytes(shape: ModelShape, setting: Setting) -> int:
     """Bytes that wait in host memory instead."""
     rows = rows_of(shape, setting, POLICIES[setting.policy].host)

@@ -1,7 +1,7 @@
 """A question about a model, and the whole answer: what `halfbyte plan` prints and what --json gives.
 
-Everything that is an estimate says so; memory is a prediction from shapes (memory.py), rows are counted by data/lengths.py, time comes
-from a calibration or is not given.
+Everything that is an estimate says so; memory is a prediction from shapes (memory.py), rows are counted by data/lengths.py.  Time comes
+from a calibration of this machine (rates.py); for a card that is known by name alone, a lower bound from its published peak.
 """
 
 from dataclasses import asdict, dataclass
@@ -12,10 +12,11 @@ from halfbyte import devices
 from halfbyte.data.lengths import Lengths, lengths
 from halfbyte.errors import ConfigError
 from halfbyte.plan.activations import own_layers
-from halfbyte.plan.hardware import Hardware
+from halfbyte.plan.hardware import PROCESSOR, Hardware
+from halfbyte.plan.rates import PEAKS, Rates, nearest_rates, read_all, widths_of
 from halfbyte.plan.search import FITS, NOT, TIGHT, Change, Option, best, first_change, options, order
 from halfbyte.plan.setting import METHODS, Setting, trained_params
-from halfbyte.plan.speed import Calibration, read_calibration, step_seconds, work_of
+from halfbyte.plan.speed import Rows, seconds_of_step, work_of
 from halfbyte.shape import ModelShape
 
 AUTO_TOKENS = 1024  # data.max_tokens auto: the model's limit, at most this
@@ -44,7 +45,7 @@ class Answer:
     ranking: tuple[tuple[str, str], ...]
     changes: dict[str, Change | None]
     listed: tuple[Option, ...]
-    rates: Calibration | None
+    rates: Rates | None
 
 
 def shape_of(name: str) -> tuple[ModelShape, Path | None]:
@@ -93,23 +94,43 @@ def answer(question: Question) -> Answer:
     places = {method: place for place, (method, _) in enumerate(ranking)}
     listed = [one for every in tried.values() for one in every if one.verdict != NOT]
     listed.sort(key=lambda one: (one.verdict == TIGHT, places[one.setting.method]))
-    return Answer(question, found, tuple(ranking), changes, tuple(listed), read_calibration())
+    rates = nearest_rates(shape, question.base.dtype, read_all()) if hardware.name == PROCESSOR else None
+    return Answer(question, found, tuple(ranking), changes, tuple(listed), rates)
+
+
+def kept_rows(question: Question) -> Rows | None:
+    """The rows that are not longer than planned for; None without data, or where none is left."""
+    lengths = [count for count in question.rows.tokens if count <= question.base.tokens] if question.rows else []
+    return Rows.of(lengths) if lengths else None
 
 
 def seconds_per_step(given: Answer, one: Option) -> float | None:
-    """Estimated seconds of an optimizer step; None where nothing was calibrated for this place."""
-    rates, hardware = given.rates, given.question.hardware
-    if rates is None or rates.device != hardware.name or rates.dtype != one.setting.dtype:
+    """Estimated seconds of the mean optimizer step; None where this place is neither calibrated nor a card with a published peak."""
+    question = given.question
+    if given.rates is not None:
+        return seconds_of_step(question.shape, one.setting, given.rates, question.global_batch_size, kept_rows(question))
+    peak = PEAKS.get(question.hardware.name)
+    if peak is None:
         return None
-    batches = -(-given.question.global_batch_size // one.setting.micro_batch_size)
-    return step_seconds(work_of(given.question.shape, one.setting), batches, rates)
+    work = work_of(question.shape, one.setting, kept_rows(question))
+    return question.global_batch_size / one.setting.micro_batch_size * work.total / peak
+
+
+def time_source(given: Answer) -> str:
+    """Where the times come from, in words; "not calibrated" where there are none."""
+    rates, hardware = given.rates, given.question.hardware
+    if rates is not None:
+        near = "" if rates.widths == widths_of(given.question.shape) else f" at the widths of another model ({rates.widths.hidden:,})"
+        return f"estimate from the calibration of this machine on {rates.date}{near}"
+    if hardware.name in PEAKS:
+        return f"at the least: estimate from the published peak, {PEAKS[hardware.name] / 1e12:,.0f} TFLOP/s, of which runs reach a part"
+    return "not calibrated"
 
 
 def steps_per_epoch(given: Answer) -> int | None:
     """Optimizer steps of one pass over the rows; None without data."""
-    rows = given.question.rows
-    kept = sum(count <= given.question.base.tokens for count in rows.tokens) if rows else 0
-    return -(-kept // given.question.global_batch_size) if kept else None
+    kept = kept_rows(given.question)
+    return None if kept is None else -(-kept.count // given.question.global_batch_size)
 
 
 def as_dict(given: Answer) -> dict[str, Any]:
@@ -126,7 +147,7 @@ def as_dict(given: Answer) -> dict[str, Any]:
         "methods": {method: _option(given, one) for method, one in found_with_change(given)},
         "best_first": [{"method": method, "why": why} for method, why in given.ranking],
         "settings_that_fit": [_settings(one) for one in given.listed],
-        "time": "not calibrated" if given.rates is None else "estimate from the calibration of " + given.rates.date,
+        "time": time_source(given),
     }  # fmt: skip
 
 

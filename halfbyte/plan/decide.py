@@ -10,17 +10,19 @@ it changes neither gradient nor arithmetic.  What is within the memory, but not 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from halfbyte.config.run import RunConfig
 from halfbyte.errors import DoesNotFitError
 from halfbyte.plan.activations import POLICIES, own_layers
 from halfbyte.plan.hardware import Hardware
+from halfbyte.plan.rates import Rates
 from halfbyte.plan.search import BATCH_TOKENS, FITS, HEADROOM, NOT, TIGHT, Option, best, first_change, options
 from halfbyte.plan.setting import Setting
+from halfbyte.plan.speed import Rows, seconds_of_step, work_of
 from halfbyte.shape import ModelShape
-from halfbyte.units import bytes_text, percent_text
+from halfbyte.units import bytes_text, percent_text, seconds_text
 
 AUTO_METHODS = ("lora", "qlora")
 GROUPS = {"train.micro_batch_size": "train", "train.activations": "train", "data.max_tokens": "data"}
@@ -55,6 +57,9 @@ class Decision:
     option: Option
     place: Hardware
     shape: ModelShape
+    rows: RowsSeen
+    seconds_per_step: float | None = None
+    measured: str = ""
 
     @property
     def certain(self) -> bool:
@@ -67,6 +72,7 @@ class Decision:
         return {
             "estimate": True, "place": self.place.name, "available_bytes": self.place.memory_bytes, "predicted_peak_bytes": memory.total,
             "verdict": self.option.verdict, "peak": memory.peak, "terms": [asdict(term) for term in memory.at(memory.peak)],
+            "seconds_per_step": self.seconds_per_step, "seconds_from": self.measured,
             "chosen": [asdict(choice) for choice in self.choices],
         }  # fmt: skip
 
@@ -134,7 +140,33 @@ def decide(config: RunConfig, shape: ModelShape, place: Hardware, rows: RowsSeen
         choices.append(Choice("train.micro_batch_size", one.setting.micro_batch_size, _why_size(config, one, place)))
     if config.train.activations == "auto":
         choices.append(Choice("train.activations", one.setting.policy, _why_policy(one, every[method], place)))
-    return Decision(applied(config, choices), tuple(choices), one, place, shape)
+    return Decision(applied(config, choices), tuple(choices), one, place, shape, rows)
+
+
+def rows_at_once(decision: Decision) -> Rows:
+    """The rows that the batches are made of; packed ones are taken as full, their samples apart in attention."""
+    config, lengths = decision.config, decision.rows.lengths
+    if not config.data.packing:
+        return Rows.of(lengths)
+    count = max(1, -(-sum(lengths) // decision.option.setting.tokens))
+    return Rows(count, sum(lengths) / count, sum(length**2 for length in lengths) / count)
+
+
+def operations(decision: Decision) -> float:
+    """Operations of the whole run, about."""
+    train, setting, rows = decision.config.train, decision.option.setting, rows_at_once(decision)
+    passes = train.epochs * rows.count if train.max_steps is None else train.max_steps * train.global_batch_size
+    return passes / setting.micro_batch_size * work_of(decision.shape, setting, rows).total
+
+
+def with_time(decision: Decision, rates: Rates | None) -> Decision:
+    """The decision with the time of a step, where the rates of this machine are known."""
+    if rates is None or decision.place.name != rates.device:
+        return decision
+    seconds = seconds_of_step(
+        decision.shape, decision.option.setting, rates, decision.config.train.global_batch_size, rows_at_once(decision)
+    )
+    return replace(decision, seconds_per_step=seconds, measured=f"this machine's calibration of {rates.date}")
 
 
 def applied(config: RunConfig, choices: Sequence[Choice]) -> RunConfig:
@@ -222,4 +254,8 @@ def lines(decision: Decision) -> list[tuple[str, str]]:
     if not decision.certain:
         peak += "; high for transformers' own layers"
     chosen = [("chosen", f"{choice.key}={choice.value}: {choice.reason}") for choice in decision.choices]
-    return [("plan", peak), *chosen]
+    if decision.seconds_per_step is None:
+        return [("plan", peak), *chosen]
+    epoch = decision.seconds_per_step * -(-rows_at_once(decision).count // decision.config.train.global_batch_size)
+    time = f"{seconds_text(decision.seconds_per_step)} a step, {seconds_text(epoch)} an epoch (estimate from {decision.measured})"
+    return [("plan", peak), ("time", time), *chosen]

@@ -4,8 +4,9 @@ A card sold as 24 GB shows between 24 * 10^9 and 24 * 2^30 bytes, depending on e
 `--gpu-memory 24` mean the smaller, so that "fits" is not said wrongly.  A size with its unit (`22.5GiB`) is taken as it stands.
 
 The program itself takes memory before a model is loaded.  These are the only measured numbers of a memory plan: on the CPU the resident
-memory of a process that has imported what training imports (torch 2.13, transformers 5.17, Linux: 518 MiB); on a GPU the device context
-with its libraries, for which 0.6 GiB is an estimate, and 2 GiB of host memory, an estimate too.
+memory of a process that has trained a model of next to no size, less that model (torch 2.13, transformers 5.23, Linux: 553 MiB, which
+benchmarks/bench_memory.py measures); on a GPU the device context with its libraries, for which 0.6 GiB is an estimate, and 2 GiB of
+host memory, an estimate too.
 Sources of the sizes: the makers' data sheets.
 """
 
@@ -17,7 +18,8 @@ from dataclasses import dataclass
 from halfbyte import devices
 from halfbyte.errors import ConfigError, nearest
 
-PROGRAM_BYTES = {"cpu": 518 << 20, "gpu": round(0.6 * 2**30)}
+PROCESSOR = "this machine's processor"
+PROGRAM_BYTES = {"cpu": 553 << 20, "gpu": round(0.6 * 2**30)}
 PROGRAM_ON_HOST = 2 << 30
 MARGIN = {"cpu": 0.10, "gpu": 0.05}
 """How far a prediction may be off, as a share; a setting is said to fit only with this much to spare."""
@@ -107,7 +109,7 @@ def this_machine() -> Hardware:
 
 def processor(own_bytes: int = 0) -> Hardware:
     """This machine's processor with the memory that is free; `own_bytes` this program already holds, which a plan counts as its own."""
-    return Hardware("this machine's processor", "cpu", devices.memory_bytes()[1] + own_bytes)
+    return Hardware(PROCESSOR, "cpu", devices.memory_bytes()[1] + own_bytes)
 
 
 def _driver_says() -> tuple[str, int] | None:

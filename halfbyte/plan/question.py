@@ -3,7 +3,7 @@
 from halfbyte.errors import ConfigError, nearest
 from halfbyte.plan.activations import POLICIES
 from halfbyte.plan.answer import Question, compute_dtype, count_rows, row_tokens, shape_of
-from halfbyte.plan.hardware import Hardware, card, sized, this_machine
+from halfbyte.plan.hardware import PROCESSOR, Hardware, card, sized, this_machine
 from halfbyte.plan.setting import METHODS, Setting
 
 STATES = ("float32", "int8")
@@ -12,7 +12,7 @@ STATES = ("float32", "int8")
 def ask(
     model: str, *, data: str | None = None, gpu: str | None = None, gpu_memory: str | None = None, method: str | None = None,
     rank: int = 16, targets: str = "all-linear", max_tokens: int | None = None, micro_batch_size: int | None = None,
-    policy: str | None = None, state: str | None = None,
+    policy: str | None = None, state: str | None = None, calibrate: bool = False,
 ) -> Question:  # fmt: skip
     """The question behind a command line.  Raises ConfigError, ModelError, TargetError or DataError."""
     _one_of("--method", method, METHODS)
@@ -22,6 +22,11 @@ def ask(
     _within("--max-tokens", max_tokens, 2, 2**24)
     _within("--micro-batch-size", micro_batch_size, 1, 65536)
     place = _place(gpu, gpu_memory)
+    if calibrate and place.name != PROCESSOR:
+        raise ConfigError(
+            "only this machine's processor can be calibrated", code="E-CONF-407", place="--calibrate", found=place.name,
+            remedy="leave --calibrate out; times for a card are estimates from its published peak", nothing_done="Nothing was planned.",
+        )  # fmt: skip
     shape, tokenizer = shape_of(model)
     rows = count_rows(data, tokenizer)
     names = tuple(name.strip() for name in targets.split(",") if name.strip())

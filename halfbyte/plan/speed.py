@@ -1,4 +1,4 @@
-"""Work of a training step in products and bytes, from shapes alone, and time where this machine has been calibrated.
+"""Work of a training step in operations, from shapes alone, and its time where this machine's rates are known.
 
     forward    2 n P for matrices of P elements and n tokens; head 2 m V H for the m labelled tokens; attention 2 T^2 HqD a row, causal
     backward   the same again for the gradient of the input; once more for that of the weight, where it is trained; attention 2.5 times
@@ -6,45 +6,70 @@
     recompute  what a policy computes twice; down_proj, whose result is only added to the residual stream, never is
     reading    a packed matrix is read back to the compute type once each time it is multiplied with
 
-Model work counts what the mathematics needs; total work also what a policy repeats.  Seconds come from measured rates only:
-the file `calibration.json` in the cache folder, written by a calibration on this machine.  Without it there is no time, and the text
-says "not calibrated".
+Model work counts what the mathematics needs; total work also what a policy repeats.  Rows differ in length, and padding is not computed
+(models/rows.py), so the time of an epoch is made of the mean length and the mean of its square (`Rows`).  The parts follow each other on
+one device, so their seconds add up; each has its own measured rate (rates.py), which holds the element-wise work around the products.
 
 Source of the counts: https://arxiv.org/abs/2204.02311, appendix B (model FLOPs); 2.5 for attention: https://arxiv.org/abs/2205.14135
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from math import prod
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil, prod
 
-from halfbyte import env
-from halfbyte.errors import EnvironmentFault
 from halfbyte.plan.activations import POLICIES, fused
-from halfbyte.plan.memory import packed, packed_bytes
+from halfbyte.plan.memory import packed, trained_dtype
+from halfbyte.plan.rates import Rates
 from halfbyte.plan.setting import Setting, adapted, adapter_params, trained_params
-from halfbyte.quant.storage_cost import WIDTHS
 from halfbyte.shape import ModelShape
 
-VERSION = 1
+RANK = 16  # of the adapters in a calibrated layer
+ROUNDED_TO = 64  # tokens of a micro-batch on a CPU (models/rows.py)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as they go through a model: how many there are, their mean length, and the mean of its square; in tokens."""
+
+    count: int
+    mean: float
+    mean_square: float
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> "Rows":
+        """
+        >>> Rows.of([2, 4])
+        Rows(count=2, mean=3.0, mean_square=10.0)
+        """
+        count = len(lengths)
+        return cls(count, sum(lengths) / count, sum(length**2 for length in lengths) / count)
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one micro-batch: operations (a product with its addition counts 2), and bytes of packed matrices read back and written.
+    """Of one micro-batch: operations (a product with its addition counts 2), and elements of packed matrices that are read back.
 
+    tokens        that go through the layers
+    segment       tokens of a sample that attention sees, by its cost
+    labelled      tokens that go through the head
     linear, head, attention, adapters: what the mathematics needs, forward and backward
+    beyond        of the adapters' operations, those above what rank RANK needs (negative below it)
     again         operations that the policy repeats
+    attention_again   the part of it that is attention
     unpacked      elements of packed matrices that are read back
     updated       parameters that the optimizer updates, once for the whole step
     """
 
+    tokens: float
+    segment: float
+    labelled: float
     linear: float
     head: float
     attention: float
     adapters: float
+    beyond: float
     again: float
+    attention_again: float
     unpacked: float
     updated: int
 
@@ -80,93 +105,47 @@ def repeated_params(shape: ModelShape, setting: Setting) -> float:
     return matrix_params(shape) - last
 
 
-def work_of(shape: ModelShape, setting: Setting) -> Work:
-    """The work of one micro-batch under a setting."""
-    tokens, full = setting.batch_tokens, setting.method == "full"
-    labelled = max(1, round(tokens * setting.trained_share))
+def work_of(shape: ModelShape, setting: Setting, rows: Rows | None = None) -> Work:
+    """The work of one micro-batch under a setting; with `rows`, of their mean length, else of the setting's."""
+    size, full = setting.micro_batch_size, setting.method == "full"
+    mean, square = (float(setting.tokens), float(setting.tokens) ** 2) if rows is None else (rows.mean, rows.mean_square)
+    tokens = size * mean
+    if rows is not None and setting.device == "cpu":
+        tokens = ceil(tokens / ROUNDED_TO) * ROUNDED_TO
+    labelled = max(1.0, size * mean * setting.trained_share)
     matrices, again = matrix_params(shape), repeated_params(shape, setting)
-    forward = 2.0 * shape.layers * setting.micro_batch_size * setting.tokens**2 * shape.sizes["queries"]
+    forward = 2.0 * shape.layers * size * square * shape.sizes["queries"]
     attention_again = forward if "attention" not in POLICIES[setting.policy].keeps else 0.0
     inside = sum(adapter_params(weight, rank, setting) for weight, rank in adapted(shape, setting))
+    usual = sum(adapter_params(weight, RANK, setting) for weight, _ in adapted(shape, replace(setting, targets="all-linear")))
     quantized = float(sum(prod(weight.size) for weight in packed(shape, setting)))
     share = again / matrices if matrices else 0.0
     return Work(
+        tokens=tokens, segment=square / mean, labelled=labelled,
         linear=(6.0 if full else 4.0) * tokens * matrices, head=(6.0 if full else 4.0) * labelled * shape.vocab * shape.hidden,
-        attention=3.5 * forward, adapters=6.0 * tokens * inside, again=2.0 * tokens * again + attention_again,
+        attention=3.5 * forward, adapters=6.0 * tokens * inside, beyond=6.0 * tokens * (inside - usual),
+        again=2.0 * tokens * again + attention_again, attention_again=attention_again,
         unpacked=quantized * (2.0 + share), updated=trained_params(shape, setting),
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Rates measured on one device; per second.
-
-    matmul        operations in products of matrices in the compute type
-    attention     operations in attention
-    unpack        elements of packed matrices read back
-    update        parameters updated
-    overhead      seconds of a step that depend on nothing of the model
-    """
-
-    device: str
-    date: str
-    dtype: str
-    matmul: float
-    attention: float
-    unpack: float
-    update: float
-    overhead: float
+def update_kind(setting: Setting) -> str:
+    """Which of the measured updates this setting's optimizer makes."""
+    if setting.state == "int8":
+        return "int8"
+    return "float32" if trained_dtype(setting) == "float32" else "master"
 
 
-def calibration_path() -> Path:
-    """Where this machine's rates are kept."""
-    return env.cache_dir() / "calibration.json"
+def step_seconds(work: Work, micro_batches: float, rates: Rates, setting: Setting) -> float:
+    """Estimate of one optimizer step of so many micro-batches: the sum of its parts."""
+    layers = (rates.trained if setting.method == "full" else rates.layer).at(work.tokens)
+    usual = work.linear + work.adapters - work.beyond + work.again - work.attention_again
+    attention = (work.attention + work.attention_again) / rates.attention.at(work.segment)
+    products = usual / layers + work.beyond / rates.adapter + work.head / rates.head.at(work.labelled)
+    one = max(products, work.linear / layers) + attention + work.unpacked / rates.unpack
+    return micro_batches * one + work.updated / rates.update[update_kind(setting)]
 
 
-def read_calibration(path: Path | None = None) -> Calibration | None:
-    """The rates of this machine; None where it has not been calibrated.  Raises EnvironmentFault for a file that cannot be used."""
-    path = calibration_path() if path is None else path
-    if not path.is_file():
-        return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as fault:
-        raise _unusable(path, str(fault)[:120]) from None
-    if not isinstance(values, dict) or values.get("version") != VERSION:
-        raise _unusable(path, f"version {values.get('version') if isinstance(values, dict) else None}, this program reads {VERSION}")
-    return _checked(path, values)
-
-
-def _checked(path: Path, values: Mapping[str, object]) -> Calibration:
-    read: dict[str, str | float] = {}
-    for field in fields(Calibration):
-        value = values.get(field.name)
-        if field.type is str:
-            good = isinstance(value, str) and bool(value)
-        else:
-            least = 0.0 if field.name == "overhead" else 1.0
-            good = isinstance(value, int | float) and not isinstance(value, bool) and least <= value < 1e18
-        if not good or not isinstance(value, str | int | float):
-            raise _unusable(path, f"{field.name}: {str(value)[:40]}")
-        read[field.name] = value
-    return Calibration(**read)  # type: ignore[arg-type]
-
-
-def _unusable(path: Path, found: str) -> EnvironmentFault:
-    return EnvironmentFault(
-        "the calibration of this machine must be readable", code="E-ENV-401", place=str(path), found=found,
-        remedy="remove the file; the next calibration writes a new one", nothing_done="Nothing was planned.",
-    )  # fmt: skip
-
-
-def step_seconds(work: Work, micro_batches: int, rates: Calibration) -> float:
-    """Estimate of one optimizer step of so many micro-batches: the sum of the parts, for on one device they follow each other."""
-    products = (work.total - work.attention) / rates.matmul
-    one = products + work.attention / rates.attention + work.unpacked / rates.unpack
-    return micro_batches * one + work.updated / rates.update + rates.overhead
-
-
-def unpacked_bytes(work: Work, shape: ModelShape, setting: Setting) -> float:
-    """Bytes moved to read packed matrices back: what is stored is read, w bytes an element are written."""
-    count = sum(prod(weight.size) for weight in packed(shape, setting))
-    return work.unpacked * (packed_bytes(shape, setting) / count + WIDTHS[setting.dtype]) if count else 0.0
+def seconds_of_step(shape: ModelShape, setting: Setting, rates: Rates, global_batch_size: int, rows: Rows | None = None) -> float:
+    """Estimate of the mean optimizer step over these rows."""
+    return step_seconds(work_of(shape, setting, rows), global_batch_size / setting.micro_batch_size, rates, setting)

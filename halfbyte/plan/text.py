@@ -1,15 +1,15 @@
 """The answer of a plan in plain words: one table of all methods, then what fits, best first, and what to change where nothing does."""
 
 from halfbyte.plan.activations import POLICIES, own_layers
-from halfbyte.plan.answer import Answer, found_with_change, seconds_per_step, steps_per_epoch
-from halfbyte.plan.hardware import CARDS_GB
+from halfbyte.plan.answer import Answer, found_with_change, seconds_per_step, steps_per_epoch, time_source
+from halfbyte.plan.hardware import CARDS_GB, PROCESSOR
 from halfbyte.plan.search import FITS, NOT, Option
 from halfbyte.plan.setting import trained_params
 from halfbyte.units import bytes_text, count_text, gib, percent_text, seconds_text
 
 ROWS = (
-    "weights, packed", "weights, dense", "adapters", "gradients", "optimizer", "layer inputs", "activations", "head", "logits", "workspace",
-    "update", "program",
+    "weights, packed", "weights, dense", "adapters", "gradients", "optimizer", "layer inputs", "activations", "heap gaps", "head", "logits",
+    "workspace", "update", "program",
 )  # fmt: skip
 
 
@@ -20,26 +20,38 @@ def plan_text(given: Answer) -> str:
 
 
 def _head(given: Answer) -> str:
-    question = given.question
-    shape, hardware = question.shape, question.hardware
-    lines = [
-        f"{question.name}: {shape.model_type}, {count_text(shape.total_params)} parameters, {shape.layers} layers, width {shape.hidden:,}",
-        f"on {hardware.name}: {bytes_text(hardware.memory_bytes)}; a setting fits with {percent_text(hardware.margin)} to spare,"
-        " the margin of error of a plan",
-    ]
-    if question.rows is not None:
-        rows = question.rows
-        lines.append(
-            f"rows: {len(rows.tokens):,}, the longest of {rows.longest:,} tokens, {count_text(sum(rows.tokens))} tokens in all"
-            f" (estimate, by {rows.how})"
-        )
-    lines.append(f"planned for rows of {question.base.tokens:,} tokens and adapters of rank {question.base.rank}")
-    if not own_layers(shape):
-        lines.append("this family keeps transformers' own layers: its activations are an estimate on the high side")
+    (_, model), (_, place), *others = about(given)
+    lines = [model, f"on {place}", *(f"{label}: {text}" if label == "rows" else text for label, text in others)]
     return "\n".join(lines)
 
 
+def about(given: Answer) -> list[tuple[str, str]]:
+    """(label, text): the model, the place, the rows, and what was planned for."""
+    question = given.question
+    shape, hardware, rows = question.shape, question.hardware, question.rows
+    size = f"{count_text(shape.total_params)} parameters, {shape.layers} layers, width {shape.hidden:,}"
+    said = [
+        ("model", f"{question.name}: {shape.model_type}, {size}"),
+        ("place", f"{hardware.name}: {bytes_text(hardware.memory_bytes)}; a setting fits with {percent_text(hardware.margin)} to spare,"
+                  " the margin of error of a plan"),
+    ]  # fmt: skip
+    if rows is not None:
+        longest, total = f"{rows.longest:,}", count_text(sum(rows.tokens))
+        said.append(("rows", f"{len(rows.tokens):,}, the longest of {longest} tokens, {total} tokens in all (estimate, by {rows.how})"))
+    said.append(("planned", f"planned for rows of {question.base.tokens:,} tokens and adapters of rank {question.base.rank}"))
+    if not own_layers(shape):
+        said.append(("layers", "this family keeps transformers' own layers: its activations are an estimate on the high side"))
+    return said
+
+
 def _table(given: Answer) -> str:
+    lines = table_rows(given)
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]).rstrip() for line in lines)
+
+
+def table_rows(given: Answer) -> list[list[str]]:
+    """All methods side by side: a head, the terms at the peak in GiB, an empty row, then what was chosen for each."""
     found = found_with_change(given)
     lines = [["predicted memory, GiB", *(method for method, _ in found)]]
     for name in ROWS:
@@ -57,8 +69,7 @@ def _table(given: Answer) -> str:
         ["optimizer state", *(one.setting.state + (", paged" if one.setting.paged else "") for _, one in found)],
         ["rows at once", *(str(one.setting.micro_batch_size) for _, one in found)],
     ]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]).rstrip() for line in lines)
+    return lines
 
 
 def _cell(one: Option, name: str) -> str:
@@ -67,34 +78,41 @@ def _cell(one: Option, name: str) -> str:
     return "-" if not counted else "<0.01" if gib(counted) < 0.005 else f"{gib(counted):.2f}"
 
 
+def how(one: Option) -> str:
+    """Policy, state and rows at once of a setting in words."""
+    state = "" if one.setting.state == "float32" else f", optim.state={one.setting.state}" + (", paged" if one.setting.paged else "")
+    return f"policy {one.setting.policy} ({POLICIES[one.setting.policy].cost}){state}, {one.setting.micro_batch_size} rows at once"
+
+
 def _fitting(given: Answer) -> str:
     lines = []
     for number, (method, why) in enumerate(given.ranking, 1):
         one = given.found[method]
-        state = "" if one.setting.state == "float32" else f", optim.state={one.setting.state}" + (", paged" if one.setting.paged else "")
-        lines.append(
-            f"{number}. {method}, {bytes_text(one.memory.total)}: {why}\n"
-            f"   policy {one.setting.policy} ({POLICIES[one.setting.policy].cost}){state}, {one.setting.micro_batch_size} rows at once"
-        )
+        lines.append(f"{number}. {method}, {bytes_text(one.memory.total)}: {why}\n   {how(one)}")
     return "what fits, best first\n" + "\n".join(lines) if lines else "nothing of this fits"
 
 
 def _failing(given: Answer) -> str:
     lines = []
-    for method, change in given.changes.items():
+    for method in given.changes:
         one = given.found[method]
         term = one.memory.largest
         lines.append(
             f"{method} needs {bytes_text(one.memory.total)} at the least; its largest term is {term.name},"
             f" {bytes_text(term.bytes)} ({term.formula})"
         )
-        if change is None:
-            lines.append(f"   nothing is left to change; {_card(one)}")
-        else:
-            then = {FITS: "then it fits", NOT: f"then it needs {bytes_text(change.option.memory.total)}, still too much"}
-            result = then.get(change.option.verdict, "then it is within the memory, but not by the margin of error")
-            lines.append(f"   first change: {change.text}, which saves {bytes_text(change.saved)}; {result}. Or {_card(one)}")
+        lines.append(f"   {change_text(given, method)}")
     return "\n".join(["what does not fit", *lines]) if lines else ""
+
+
+def change_text(given: Answer, method: str) -> str:
+    """The first thing to change for a method that does not fit, and what is then."""
+    one, change = given.found[method], given.changes[method]
+    if change is None:
+        return f"nothing is left to change; {_card(one)}"
+    then = {FITS: "then it fits", NOT: f"then it needs {bytes_text(change.option.memory.total)}, still too much"}
+    result = then.get(change.option.verdict, "then it is within the memory, but not by the margin of error")
+    return f"first change: {change.text}, which saves {bytes_text(change.saved)}; {result}. Or {_card(one)}"
 
 
 def _card(one: Option) -> str:
@@ -104,11 +122,22 @@ def _card(one: Option) -> str:
     return f"take a card with {sizes[0]} GB" if sizes else "no card of the table holds it"
 
 
+def duration_text(seconds: float) -> str:
+    """A time as text, short ones in milliseconds.
+
+    >>> duration_text(0.0421), duration_text(90)
+    ('42 ms', '1 min 30 s')
+    """
+    return f"{1000 * seconds:.0f} ms" if seconds < 1 else seconds_text(seconds)
+
+
 def _time(given: Answer) -> str:
     steps = steps_per_epoch(given)
-    length = f"{steps:,} steps of {given.question.global_batch_size} rows in an epoch; " if steps else ""
+    size = given.question.global_batch_size
+    length = f"{steps:,} steps of {size} rows in an epoch; " if steps else ""
     timed = [(method, seconds_per_step(given, one)) for method, one in found_with_change(given) if one.verdict != NOT]
     if any(seconds is None for _, seconds in timed) or not timed:
-        return f"time: {length}not calibrated for this place, so no time is given"
-    each = [f"{method} {seconds_text(s)} a step" + (f", {seconds_text(s * steps)} an epoch" if steps else "") for method, s in timed if s]
-    return f"time (estimate): {length}{'; '.join(each)}"
+        here = "; `halfbyte plan --calibrate` measures it in ten seconds" if given.question.hardware.name == PROCESSOR else ""
+        return f"time: {length}not calibrated for this place, so no time is given{here}"
+    each = [f"{method} {duration_text(s)} a step" + (f", {duration_text(s * steps)} an epoch" if steps else "") for method, s in timed if s]
+    return f"time for steps of {size} rows ({time_source(given)}): {length}{'; '.join(each)}"

@@ -1,9 +1,13 @@
 """The plan of a run in the place where it starts: its base, its rows as they were tokenized, the memory that is free now.
 
+Before the first long run on a processor its rates are measured once (plan/rates.py): a few seconds, in a process of its own, and only
+while nothing else keeps the machine busy, for rates measured beside other work would be wrong for all runs to come.
+
 What the plan does not know (a family outside shape.py, targets that match nothing) it leaves to loading, which tells more; only
 `method: auto` cannot go on without it.  A resumed run keeps what its first start chose, from its own config.yaml, and is not refused.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -17,10 +21,15 @@ from halfbyte.errors import ModelError, UnsupportedError
 from halfbyte.log import logger
 from halfbyte.models.load import choose_dtype
 from halfbyte.models.packed_folder import storage_of
-from halfbyte.plan.decide import Choice, Decision, RowsSeen, applied, decide, require_room
+from halfbyte.plan.decide import Choice, Decision, RowsSeen, applied, decide, operations, require_room, with_time
 from halfbyte.plan.hardware import Hardware, processor
+from halfbyte.plan.rates import Rates, measure, nearest_rates, read_all, widths_of
 from halfbyte.shape import ModelShape
 from halfbyte.train.run_folder import RunFolder
+
+LONG_RUN_SECONDS, OPERATIONS_OF_A_CORE = 120.0, 1e11
+"""A run that takes longer than this at so many operations a second and core is worth a calibration of a few seconds."""
+BUSY = 0.5  # load of the last minute for each core
 
 DECIDED = ("method", "data.max_tokens", "train.micro_batch_size", "train.activations")
 
@@ -72,4 +81,21 @@ def plan_of(config: RunConfig, folder: Path, data: TrainData, *, resume: bool = 
         return None
     if not resume and decision.certain:
         require_room(decision)
-    return decision
+    return with_time(decision, rates_for(decision, dtype))
+
+
+def rates_for(decision: Decision, dtype: str) -> Rates | None:
+    """This machine's rates for the run; measured now where there are none at the model's widths, the run is long and the machine idle."""
+    if decision.place.kind != "cpu":
+        return None
+    found = nearest_rates(decision.shape, dtype, read_all())
+    exact = found is not None and found.widths == widths_of(decision.shape)
+    cores = devices.usable_cores()
+    if exact or operations(decision) < LONG_RUN_SECONDS * OPERATIONS_OF_A_CORE * cores:
+        return found
+    if os.getloadavg()[0] > BUSY * cores:
+        logger().info("this machine is not calibrated and is busy now: `halfbyte plan --calibrate` measures it once it is idle")
+        return found
+    logger().info("measuring this machine once, for the times of plans")
+    measure(decision.shape, dtype)
+    return nearest_rates(decision.shape, dtype, read_all())

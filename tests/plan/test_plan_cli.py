@@ -5,12 +5,18 @@ import json
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from halfbyte.cli.main import run
+from halfbyte.plan import hardware, rates
+from halfbyte.plan.answer import compute_dtype
+from halfbyte.plan.rates import keep
+from halfbyte.shape import ModelShape
+from tests.plan.test_plan_rates import RATES
 from tests.plan.test_plan_search import SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,14 +98,55 @@ def test_rows_give_the_length_and_the_steps(config: Path, tmp_path: Path) -> Non
 
 def test_a_calibration_of_this_place_gives_time(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path))
-    rates = {"version": 1, "device": "RTX 4090", "date": "2026-11-02", "dtype": "bfloat16", "matmul": 1e14, "attention": 1e14,
-             "unpack": 1e12, "update": 1e10, "overhead": 0.01}  # fmt: skip
-    (tmp_path / "calibration.json").write_text(json.dumps(rates), encoding="utf-8")
-    assert "time (estimate)" in _run(config, "--gpu", "RTX 4090")[1]
-    assert "not calibrated for this place" in _run(config, "--gpu", "RTX 3090")[1]
-    (tmp_path / "calibration.json").write_text("{", encoding="utf-8")
-    code, _, err = _run(config, "--gpu", "RTX 4090")
+    monkeypatch.setattr(hardware, "_driver_says", lambda: None)
+    assert "`halfbyte plan --calibrate` measures it" in _run(config)[1]
+    path = keep(replace(RATES, dtype=compute_dtype(hardware.this_machine())))
+    text = _run(config)[1]
+    assert "time for steps of 16 rows (estimate from the calibration of this machine on 2026-11-02" in text and "a step" in text
+    assert "not calibrated for this place" in _run(config, "--gpu-memory", "24")[1]
+    path.write_text("{", encoding="utf-8")
+    code, _, err = _run(config)
     assert code == 3 and err.startswith("error E-ENV-401")
+
+
+def test_a_card_with_a_published_peak_has_a_lower_bound_for_its_time(config: Path) -> None:
+    assert "at the least: estimate from the published peak, 165 TFLOP/s" in _run(config, "--gpu", "RTX 4090")[1]
+    assert "not calibrated" in _run(config, "--gpu", "RTX 3060")[1]
+
+
+def test_calibrating_measures_keeps_and_uses(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real measurement is in test_plan_calibration; here the command asks for it and reads what it kept."""
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path))
+    monkeypatch.setattr(hardware, "_driver_says", lambda: None)
+    asked: list[str] = []
+
+    def measured(shape: ModelShape, dtype: str) -> float:
+        asked.append(dtype)
+        keep(replace(RATES, dtype=dtype, widths=rates.widths_of(shape)))
+        return 1.0
+
+    monkeypatch.setattr(rates, "measure", measured)
+    code, text, _ = _run(config, "--calibrate")
+    assert code == 0 and len(asked) == 1 and "calibration of this machine on 2026-11-02)" in text
+    code, _, err = _run(config, "--calibrate", "--gpu", "H100")
+    assert code == 2 and err.startswith("error E-CONF-407") and len(asked) == 1
+
+
+def test_the_page_is_one_file_that_escapes_what_it_shows(tmp_path: Path) -> None:
+    folder = tmp_path / "<img src=x onerror=alert(1)>"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SMALL), encoding="utf-8")
+    page = tmp_path / "plan.html"
+    code, text, _ = _run(folder, "--gpu-memory", "1.2", "--max-tokens", 512, "--page", page)
+    made = page.read_text(encoding="utf-8")
+    assert code == 0 and "<img src=x" not in made and "&lt;img src=x" in made
+    assert "Content-Security-Policy" in made and "http://" not in made and "<script" not in made
+    for words in ("All methods side by side", "What fits, best first", "What does not fit", "What published comparisons found",
+                  "first change: ", "estimate", "GiB", "data:image/png;base64,"):  # fmt: skip
+        assert words in made
+    for line in text.splitlines():
+        if line.startswith(("at the peak", "weights, packed")):
+            assert all(f"<td>{cell}</td>" in made for cell in line.split("  ") if cell.strip() and cell == cell.strip())
 
 
 @pytest.mark.parametrize(

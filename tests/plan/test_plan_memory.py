@@ -104,7 +104,7 @@ def test_numbers_of_the_code_are_the_codes() -> None:
 # method, policy, state, rows at once: GB at the peak for Llama-3.1-8B, rank 16, 2,048 tokens, bfloat16; golden: changes only on purpose.
 GOLDEN = [
     ("qlora", "keep", "float32", 4, 32.37), ("qlora", "recompute", "float32", 1, 7.49), ("lora", "keep", "float32", 1, 23.20),
-    ("lora", "recompute_mlp", "int8", 4, 27.80), ("full", "recompute", "int8", 1, 85.39),
+    ("lora", "recompute_mlp", "int8", 4, 27.80), ("full", "recompute", "int8", 1, 85.41),
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.data.lengths import lengths
-from halfbyte.errors import ConfigError, EnvironmentFault
+from halfbyte.errors import ConfigError
 from halfbyte.plan import hardware, speed
 from halfbyte.plan.hardware import CARDS_GB, Hardware, card, parse_driver, size_bytes, sized
 from halfbyte.plan.search import FITS, NOT, TIGHT, Option, best, first_change, option, options, order
@@ -121,28 +121,6 @@ def test_what_a_policy_repeats() -> None:
     assert mlp.model == whole.model
     full = speed.work_of(LLAMA_8B, base.with_method("full"))
     assert full.linear / whole.linear == 1.5 and full.unpacked == full.adapters == 0
-
-
-RATES = {
-    "version": 1, "device": "x", "date": "2026-11-02", "dtype": "bfloat16", "matmul": 1e12, "attention": 5e11, "unpack": 1e9, "update": 1e8,
-    "overhead": 0.25,
-}  # fmt: skip
-
-
-def test_seconds_are_sums_of_measured_rates(tmp_path: Path) -> None:
-    assert speed.read_calibration(tmp_path / "none.json") is None
-    (tmp_path / "c.json").write_text(json.dumps(RATES), encoding="utf-8")
-    rates = speed.read_calibration(tmp_path / "c.json")
-    assert rates is not None
-    work = speed.Work(linear=3e12, head=1e12, attention=1e12, adapters=0, again=1e12, unpacked=2e9, updated=10**8)
-    assert speed.step_seconds(work, 4, rates) == pytest.approx(4 * (5 + 2 + 2) + 1 + 0.25)
-
-
-@pytest.mark.parametrize("change", [{"version": 2}, {"matmul": 0}, {"matmul": "fast"}, {"overhead": -1}, {"device": ""}, {"unpack": True}])
-def test_a_calibration_that_cannot_be_used_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
-    (tmp_path / "c.json").write_text(json.dumps({**RATES, **change}), encoding="utf-8")
-    with pytest.raises(EnvironmentFault, match="E-ENV-401"):
-        speed.read_calibration(tmp_path / "c.json")
 
 
 def test_lengths_of_rows(tmp_path: Path) -> None:

@@ -9,9 +9,12 @@ import pytest
 
 from halfbyte.config import RunConfig, load_config
 from halfbyte.errors import DoesNotFitError, UnsupportedError
-from halfbyte.plan.decide import Choice, applied
-from halfbyte.plan.hardware import Hardware
+from halfbyte.plan.decide import Choice, applied, lines
+from halfbyte.plan.hardware import PROCESSOR, Hardware
+from halfbyte.plan.rates import keep, widths_of
+from halfbyte.shape import ModelShape
 from halfbyte.train import from_config, loop, planning
+from tests.plan.test_plan_rates import RATES
 from tests.train.small_run import Stage
 from tests.train.tiny_runs import Quiet, data, uneven
 
@@ -97,3 +100,38 @@ def test_memory_that_this_program_holds_already_is_not_counted_twice(monkeypatch
     monkeypatch.setattr(planning.devices, "memory_bytes", lambda: (8 << 30, 5 << 30))
     monkeypatch.setattr(planning.devices, "rss_anon_bytes", lambda: 1 << 30)
     assert planning.place_of("cpu") == Hardware("this machine's processor", "cpu", 6 << 30)
+
+
+@pytest.fixture
+def long_run(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> planning.Decision:
+    """A decision for a run that counts as long, on an idle machine without rates; `measure` must not be called unless a test allows it."""
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(planning, "LONG_RUN_SECONDS", 0.0)
+    monkeypatch.setattr(planning.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(planning, "measure", lambda shape, dtype: pytest.fail("measured"))
+    here(monkeypatch, 64 << 30)
+    return planning.decide(
+        stage.config(tmp_path / "run"), ModelShape.read(stage.root / "model"), planning.place_of("cpu"), planning.rows_of(data(uneven(8))),
+        "bfloat16",
+    )  # fmt: skip
+
+
+def test_a_long_run_on_an_idle_machine_measures_it_once(long_run: planning.Decision, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = replace(RATES, widths=widths_of(long_run.shape), device=PROCESSOR)
+    monkeypatch.setattr(planning, "measure", lambda shape, dtype: keep(mine))
+    assert planning.rates_for(long_run, "bfloat16") == mine
+    monkeypatch.setattr(planning, "measure", lambda shape, dtype: pytest.fail("measured twice"))
+    rates = planning.rates_for(long_run, "bfloat16")
+    said = dict(lines(planning.with_time(long_run, rates)))
+    assert "an epoch (estimate from this machine's calibration of 2026-11-02)" in said["time"]
+    assert "time" not in dict(lines(planning.with_time(long_run, None)))
+
+
+def test_short_runs_busy_machines_and_gpus_are_not_measured(long_run: planning.Decision, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = replace(long_run, place=Hardware("NVIDIA L4", "gpu", 20 << 30))
+    assert planning.rates_for(gpu, "bfloat16") is None
+    monkeypatch.setattr(planning.os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
+    assert planning.rates_for(long_run, "bfloat16") is None
+    monkeypatch.setattr(planning, "LONG_RUN_SECONDS", 1e9)
+    monkeypatch.setattr(planning.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    assert planning.rates_for(long_run, "bfloat16") is None
