@@ -26,6 +26,7 @@ from halfbyte.config.quant import QuantConfig
 from halfbyte.lora.init import leading_factors
 from halfbyte.models.quantizer import layers_to_quantize
 from halfbyte.quant import blockwise
+from halfbyte.quant.dense import dense_weight
 from halfbyte.surgery import replace
 
 LENGTH, CALIBRATION_ROWS, HELD_OUT_ROWS, RANK, LOFTQ_ROUNDS = 256, 20, 12, 16, 2
@@ -89,7 +90,7 @@ def rotate(model: Any, seed: int) -> None:
 
 def weights_of(model: Any) -> dict[str, Tensor]:
     """name -> dense weight of each layer that is packed."""
-    return {name: model.get_submodule(name).weight.detach() for name in layers_to_quantize(model)}
+    return {name: dense_weight(model.get_submodule(name)) for name in layers_to_quantize(model)}
 
 
 def plain(weights: Mapping[str, Tensor]) -> Arm:

@@ -77,8 +77,9 @@ def test_base_and_start_are_nearer_to_the_model(folder: Path) -> None:
         hb.load_adapter(models[2], folder / "base" / "start")
         gaps = [float((model(input_ids=ids).logits - wanted).square().mean()) for model in models]
     assert gaps[0] > gaps[1] > gaps[2]
-    assert torch.equal(models[1].lm_head.weight, dense.lm_head.weight)
-    assert torch.equal(models[1].get_input_embeddings().weight, dense.get_input_embeddings().weight)
+    for name in ("lm_head", "model.embed_tokens"):
+        weights = [model.get_submodule(name).get_parameter("weight") for model in (models[1], dense)]
+        assert torch.equal(*weights)
 
 
 def test_the_report_of_each_layer(folder: Path) -> None:
@@ -108,7 +109,7 @@ def test_scales_that_are_worse_on_the_checking_rows_are_not_kept() -> None:
     weight, x_TI = torch.randn(32, 64), torch.randn(400, 64)
     loud = x_TI * torch.cat([torch.full((32,), 30.0), torch.full((32,), 0.01)])
     honest = calibrate_layer("a", weight, Seen(moments(loud), moments(loud + 0.01)), NF4)
-    assert honest.quality.kind == "calibrated" and honest.quality.output_error < honest.quality.output_error_plain
+    assert honest.quality.kind == "calibrated" and (honest.quality.output_error or 1) < (honest.quality.output_error_plain or 0)
     fooled = calibrate_layer("a", weight, Seen(moments(loud), moments(loud.flip(1))), NF4)
     plain, state = blockwise.quantize(weight)
     assert fooled.quality.kind == "plain" and torch.equal(fooled.packed, plain)
@@ -120,7 +121,7 @@ def test_a_start_that_is_worse_on_the_checking_rows_is_not_kept(monkeypatch: pyt
     weight, x_TI = torch.randn(32, 64), torch.randn(400, 64)
     seen, update = Seen(moments(x_TI), moments(x_TI)), Update(4, 2.0)
     kept = calibrate_layer("a", weight, seen, NF4, update)
-    assert kept.factors is not None and kept.quality.output_error_with_start < kept.quality.output_error
+    assert kept.factors is not None and (kept.quality.output_error_with_start or 1) < (kept.quality.output_error or 0)
     right = layer_module.factors_on
 
     def against(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
