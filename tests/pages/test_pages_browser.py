@@ -1,6 +1,7 @@
 """The pages in a real browser: opened from disk they ask for nothing, complain about nothing, and hostile text stays text."""
 
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 from PIL import Image
 
 from halfbyte.pages import report
+from halfbyte.plan import page as plan_page
+from halfbyte.plan.answer import answer
+from halfbyte.plan.question import ask
 from tests.pages.chromium import Browser, binary
 from tests.pages.test_pages_report import make_run
 from tests.studies import study_outcomes
@@ -25,10 +29,21 @@ def browser() -> Iterator[Browser]:
         yield opened
 
 
-def pages(folder: Path, word: str) -> dict[str, Path]:
-    """Every kind of page there is, with `word` wherever foreign text can stand."""
-    (folder / "study").mkdir()
-    return {"report": report.write(make_run(folder / "run", word)), "comparison": study_outcomes.write_page(folder / "study", word)}
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def pages(folder: Path, word: str) -> dict[str, tuple[Path, str]]:
+    """Every kind of page there is, with `word` wherever foreign text can stand, and the text that must be read on it."""
+    name = word.replace("/", "")  # a plan's foreign text is the name of a folder
+    for part in ("study", name):
+        (folder / part).mkdir()
+    (folder / name / "config.json").write_text(json.dumps(CONFIG))
+    plan = plan_page.write(folder / "plan.html", answer(ask(str(folder / name), gpu_memory="24")))
+    run = report.write(make_run(folder / "run", word))
+    return {"report": (run, word), "comparison": (study_outcomes.write_page(folder / "study", word), word), "plan": (plan, name)}
 
 
 def colours(png: bytes) -> tuple[int, float]:
@@ -40,12 +55,12 @@ def colours(png: bytes) -> tuple[int, float]:
 
 @pytest.mark.parametrize("word", ["plain words", HOSTILE], ids=["plain", "hostile"])
 def test_pages_open_from_disk_quietly_and_show_foreign_text_as_text(browser: Browser, tmp_path: Path, word: str) -> None:
-    for name, page in pages(tmp_path, word).items():
+    for name, (page, wanted) in pages(tmp_path, word).items():
         seen = browser.open(page, MARKUP, WIDER, TEXT)
         markup, wider, text = seen.answers
         assert [url for url in seen.requests if not url.startswith("data:")] == [page.resolve().as_uri()], name
         assert seen.complaints == [] and seen.dialogs == [], name
-        assert markup == 0 and word in text, name
+        assert markup == 0 and wanted in text, name
         assert wider <= 0, f"{name} is wider than the window"
         different, drawn = colours(seen.png)
         assert different > 30 and drawn > 0.02, f"{name} looks blank"

@@ -69,7 +69,9 @@ def test_killed_and_started_again_it_ends_with_the_same_table(world: Path, tmp_p
     again = comparison.numbers(compare.run(study(world), out, said.append))
     assert any(text.startswith("waiting") for text in said)
     assert (out / "runs" / "full" / "seed-0.json").stat().st_mtime_ns == first
-    assert (out / "runs" / "lora" / "seed-0.log").read_text().count("finished at step") == 1  # the run went on, and was not done twice
+    log = (out / "runs" / "lora" / "seed-0.log").read_text()
+    assert log.count("step 0  held-out loss") == log.count("finished at step") == 1  # the run went on, and was not done twice
+    assert "error E-" not in log and "Traceback" not in log
     assert again["arms"][0]["values"]["eval_loss"] != again["arms"][1]["values"]["eval_loss"]
     assert comparison.without_times(again) == comparison.without_times(whole)
     texts = [comparison_files.lines(comparison.without_times(made)) for made in (whole, again)]
