@@ -145,3 +145,19 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         adamw_(p, p, p.clone(), p.clone(), *NUMBERS.values(), 0)
     with pytest.raises(ValueError, match="does not fit"):
         adamw_int8_(p, p, *_int8_state(299)[:2], *state[2:], *BOOKS, *NUMBERS.values(), 1)
+
+
+@pytest.mark.parametrize("book", ["dynamic-signed", "dynamic-unsigned", "crowded", "few"])
+def test_the_rank_of_a_number_is_found_in_any_codebook(book: str) -> None:
+    """Where all thresholds share their upper 16 bits, where several are the same number, at every threshold and beside it."""
+    books = {**CODEBOOKS, "crowded": 0.5 + torch.arange(256) * 1e-6, "few": torch.linspace(-1, 1, 16).repeat_interleave(16)}
+    edges, starts, _, steps = cpu._tables(tuple(books[book].tolist()))
+    assert steps == (1 if book.startswith("dynamic") else 255 if book == "crowded" else 15)
+    known, inf = edges[:255], torch.tensor(torch.inf)
+    near = [torch.nextafter(known, side) for side in (inf, -inf)]
+    special = torch.tensor([0.0, -0.0, 1.0, -1.0, torch.nan, -torch.nan])
+    x = torch.cat([torch.randn(20_000) * torch.rand(20_000) ** 9, known, *near, special])
+    rank = starts[(x.view(torch.int32) >> 16) & 0xFFFF].long()
+    for _ in range(steps):
+        rank += x > edges[rank]
+    assert torch.equal(rank, (x[:, None] > known).sum(1))

@@ -181,6 +181,10 @@ MUTANTS = [
         "tests/kernels/test_kernels_adamw.py::test_int8_state_has_the_bits_of_dequantize_update_quantize",
     ),
     Mutant(
+        "T48", "a moment is stored as the first level of its range", "halfbyte/kernels/adamw/cpu.py", "    for _ in range(steps):\n",
+        "    for _ in range(0):\n", "tests/kernels/test_kernels_adamw.py::test_int8_state_has_the_bits_of_dequantize_update_quantize",
+    ),
+    Mutant(
         "T38", "a small second moment is stored as zero", "halfbyte/kernels/adamw/cpu.py", " + np.uint8((index == 0) & (two > _ZERO))", "",
         "tests/kernels/test_kernels_adamw.py::test_int8_second_moment_above_zero_is_never_stored_as_zero",
     ),

@@ -36,16 +36,12 @@ def _second(v, g, beta2, keep2):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _rank(value, thresholds):  # type: ignore[no-untyped-def]
-    """How many of 255 thresholds lie below."""
-    rank = np.int32(value > thresholds[127]) << np.int32(7)
-    rank += np.int32(value > thresholds[rank + np.int32(63)]) << np.int32(6)
-    rank += np.int32(value > thresholds[rank + np.int32(31)]) << np.int32(5)
-    rank += np.int32(value > thresholds[rank + np.int32(15)]) << np.int32(4)
-    rank += np.int32(value > thresholds[rank + np.int32(7)]) << np.int32(3)
-    rank += np.int32(value > thresholds[rank + np.int32(3)]) << np.int32(2)
-    rank += np.int32(value > thresholds[rank + np.int32(1)]) << np.int32(1)
-    return rank + np.int32(value > thresholds[rank])
+def _rank(value, starts, edges, steps):  # type: ignore[no-untyped-def]
+    """How many of 255 thresholds lie below; see `_tables`."""
+    rank = np.int32(starts[np.float32(value).view(np.uint32) >> np.uint32(16)])
+    for _ in range(steps):
+        rank += np.int32(value > edges[rank])
+    return rank
 
 
 @native(
@@ -66,13 +62,14 @@ def _float32(
 
 @native(
     "p: f32*, g: T*, mi: u8*, ma: f32*, vi: u8*, va: f32*, m_levels: f32*, v_levels: f32*, m_edges: f32*, v_edges: f32*, "
-    "m_order: u8*, v_order: u8*, numel: i64, keep1: f32, beta2: f32, keep2: f32, decay: f32, rate: f32, correction: f32, eps: f32",
+    "m_starts: u8*, v_starts: u8*, m_order: u8*, v_order: u8*, m_steps: i64, v_steps: i64, numel: i64, "
+    "keep1: f32, beta2: f32, keep2: f32, decay: f32, rate: f32, correction: f32, eps: f32",
     T=("bf16", "f32"), apart=True,
 )  # fmt: skip
 def _int8(
-    p: Any, g: Any, mi: Any, ma: Any, vi: Any, va: Any, m_levels: Any, v_levels: Any, m_edges: Any, v_edges: Any, m_order: Any,
-    v_order: Any, numel: int, keep1: float, beta2: float, keep2: float, decay: float, rate: float, correction: float, eps: float,
-    first: int, last: int,
+    p: Any, g: Any, mi: Any, ma: Any, vi: Any, va: Any, m_levels: Any, v_levels: Any, m_edges: Any, v_edges: Any, m_starts: Any,
+    v_starts: Any, m_order: Any, v_order: Any, m_steps: int, v_steps: int, numel: int, keep1: float, beta2: float, keep2: float,
+    decay: float, rate: float, correction: float, eps: float, first: int, last: int,
 ) -> None:  # fmt: skip
     for block in range(first, last):
         start = block * BLOCKSIZE
@@ -90,24 +87,32 @@ def _int8(
         m_new, v_new = np.int32(m_top).view(np.float32), np.int32(v_top).view(np.float32)
         ma[block], va[block] = m_new, v_new
         m_over, v_over = max(m_new, _SMALLEST), max(v_new, _SMALLEST)
-        # quantize_blockwise multiplies by the reciprocal, but divides in a shorter block; the other factor is 1 and changes nothing
-        m_by, v_by, m_over, v_over = (_ONE / m_over, _ONE / v_over, _ONE, _ONE) if size == BLOCKSIZE else (_ONE, _ONE, m_over, v_over)
+        m_by, v_by, whole = _ONE / m_over, _ONE / v_over, size == BLOCKSIZE  # quantize_blockwise divides in a shorter block
         for k in range(size):
             i = start + k
             one = _first(m_levels[mi[i]] * m_old, load(g, i), keep1)
-            mi[i] = m_order[_rank(one * m_by / m_over, m_edges)]
+            mi[i] = m_order[_rank(one * m_by if whole else one / m_over, m_starts, m_edges, m_steps)]
         for k in range(size):
             i = start + k
             two = _second(v_levels[vi[i]] * v_old, load(g, i), beta2, keep2)
-            index = v_order[_rank(two * v_by / v_over, v_edges)]
+            index = v_order[_rank(two * v_by if whole else two / v_over, v_starts, v_edges, v_steps)]
             vi[i] = index + np.uint8((index == 0) & (two > _ZERO))
 
 
 @lru_cache(maxsize=8)
-def _tables(levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """(255 thresholds and one never looked at, order) of a codebook."""
+def _tables(levels: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(255 thresholds and infinity, starts, order, steps) of a codebook.
+
+    starts[b] is how many thresholds lie below all numbers whose upper 16 bits are b, steps the most that lie among those of one b: from
+    its start a number reaches its rank in so many comparisons, of which none waits for eight others as in a binary search.
+    """
     edges, order = thresholds_of(torch.tensor(levels, dtype=torch.float32))
-    return torch.cat([edges, edges[-1:]]), order.to(torch.uint8)
+    upper = torch.arange(1 << 16, dtype=torch.int64)
+    near, far = (((upper << 16 | low) << 32 >> 32).to(torch.int32).view(torch.float32) for low in (0, 0xFFFF))
+    lowest, highest = torch.where(upper < 1 << 15, near, far), torch.where(upper < 1 << 15, far, near)
+    # NaN is above no threshold
+    starts, ends = (torch.searchsorted(edges, value, right=False).masked_fill(near.isnan() | far.isnan(), 0) for value in (lowest, highest))
+    return torch.cat([edges, edges.new_full((1,), torch.inf)]), starts.to(torch.uint8), order.to(torch.uint8), int((ends - starts).max())
 
 
 def _numbers(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int) -> tuple[float, ...]:
@@ -139,8 +144,8 @@ def adamw_int8_(
     if not _plain(p, grad, *state):
         reference.adamw_int8_(p, grad, *state, m_codebook, v_codebook, lr, beta1, beta2, eps, weight_decay, step)
         return
-    (m_edges, m_order), (v_edges, v_order) = (_tables(tuple(codebook.tolist())) for codebook in (m_codebook, v_codebook))
+    m, v = (_tables(tuple(codebook.tolist())) for codebook in (m_codebook, v_codebook))
     _int8(
-        m_absmax.numel(), p.detach(), grad, *state, m_codebook.contiguous(), v_codebook.contiguous(), m_edges, v_edges, m_order, v_order,
-        p.numel(), *_numbers(lr, beta1, beta2, eps, weight_decay, step),
+        m_absmax.numel(), p.detach(), grad, *state, m_codebook.contiguous(), v_codebook.contiguous(),
+        *(table for pair in zip(m, v) for table in pair), p.numel(), *_numbers(lr, beta1, beta2, eps, weight_decay, step),
     )
