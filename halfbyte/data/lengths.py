@@ -26,10 +26,6 @@ class Lengths:
         """Tokens of the longest row."""
         return max(self.tokens)
 
-    def within(self, most: int) -> int:
-        """Tokens of all rows that have at most `most`."""
-        return sum(count for count in self.tokens if count <= most)
-
 
 def texts_of(value: Any) -> list[str]:
     """All texts in a row, whatever its shape.

@@ -1,6 +1,5 @@
 """An example as text, cut where training begins and ends, for `halfbyte data show` to colour."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from halfbyte.data.tokenize import IGNORED, Example
@@ -29,15 +28,6 @@ def printable(text: str) -> str:
     'a\\\\x1b[31mb'
     """
     return "".join(mark if mark.isprintable() or mark in "\n\t" else repr(mark)[1:-1] for mark in text)
-
-
-def shares(examples: Iterable[Example]) -> tuple[int, int]:
-    """(tokens, trained tokens) of examples."""
-    tokens = trained = 0
-    for example in examples:
-        tokens += len(example.input_ids)
-        trained += sum(label != IGNORED for label in example.labels)
-    return tokens, trained
 
 
 def _decode(ids: list[int], tokenizer: Any) -> str:

@@ -57,10 +57,6 @@ class GgufHeader:
     tensors: tuple[GgufTensor, ...]
     data_start: int
 
-    @property
-    def architecture(self) -> str:
-        return str(self.keys.get("general.architecture", ""))
-
 
 def read_header(path: Path) -> GgufHeader:
     """The checked header of the GGUF file at `path`; raises ModelError where the file is not whole or not GGUF."""

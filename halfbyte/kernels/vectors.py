@@ -182,11 +182,6 @@ def high_nibbles(typing_context: Any, a: Any) -> Any:
     return _made(ints16, (ints16,), lambda builder, kinds, x: builder.lshr(x, _constant(_I32, 4)))
 
 
-@intrinsic
-def low_nibbles(typing_context: Any, a: Any) -> Any:
-    return _made(ints16, (ints16,), lambda builder, kinds, x: builder.and_(x, _constant(_I32, 15)))
-
-
 # ---- rounding
 
 

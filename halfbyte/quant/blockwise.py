@@ -16,7 +16,7 @@ from torch import Tensor
 
 from halfbyte.errors import WeightError
 from halfbyte.kernels import listing
-from halfbyte.kernels.dequantize_blockwise import dequantize_blockwise, dequantize_into
+from halfbyte.kernels.dequantize_blockwise import dequantize_blockwise
 from halfbyte.kernels.quantize_blockwise import quantize_blockwise
 from halfbyte.kernels.quantize_blockwise.reference import thresholds_of
 from halfbyte.quant.codebooks import CODEBOOKS
@@ -118,14 +118,6 @@ def dequantize(stored: Tensor, state: QuantState, dtype: torch.dtype | None = No
     nested = None if state.nested is None else state.nested.tensors
     flat = dequantize_blockwise(stored.reshape(-1), state.absmax, state.codebook, state.blocksize, state.numel, dtype, nested)
     return flat.view(state.shape)
-
-
-def dequantize_to(out: Tensor, stored: Tensor, state: QuantState) -> Tensor:
-    """The dense tensor written into `out`, contiguous and of `state.shape`, which is returned: no fresh memory is asked for."""
-    if state.format == "int8":
-        return out.copy_(dense_rows(stored, state.absmax, out.dtype))
-    nested = None if state.nested is None else state.nested.tensors
-    return dequantize_into(out, stored.reshape(-1), state.absmax, state.codebook, state.blocksize, nested)
 
 
 def plain_absmax(state: QuantState) -> Tensor:

@@ -34,7 +34,7 @@ def test_the_header_is_what_the_reference_reader_finds(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     write(path)
     ours, theirs = read_header(path), gguf.GGUFReader(path)
-    assert ours.architecture == "llama" and ours.keys["a.text"] == "grüße" and ours.keys["a.words"] == ["x", "yy", ""]
+    assert ours.keys["general.architecture"] == "llama" and ours.keys["a.text"] == "grüße" and ours.keys["a.words"] == ["x", "yy", ""]
     assert ours.keys["a.u32"] == 7 and ours.keys["a.bool"] is True and ours.keys["a.numbers"] == 100
     for mine, tensor in zip(ours.tensors, theirs.tensors, strict=True):
         assert (mine.name, list(mine.shape), mine.type) == (tensor.name, tensor.shape.tolist(), tensor.tensor_type.name)
