@@ -159,6 +159,12 @@ def decode(side: str, case: dict[str, Any]) -> Arm:
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=packing, dtype=torch.bfloat16)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[side])
+    if side == "halfbyte":
+        from halfbyte.models.lazy_logits import make_lazy
+        from halfbyte.models.structure import fuse
+
+        fuse(model)
+        make_lazy(model)
     model.eval()
     ids = torch.arange(3, 3 + PROMPT)[None]
     cache, token = DynamicCache(config=model.config), torch.tensor([[7]])

@@ -69,6 +69,8 @@ _IMPLEMENTATIONS: dict[str, dict[str, Callable[[str], str]]] = {
     "adamw": {"cpu": _cpu, "triton": _triton, "reference": _reference},
     "gated_mlp": {"cpu": _cpu, "triton": _triton, "reference": _reference},
     "packed_attention": {"cpu": _cpu, "torch": _torch, "reference": _reference},
+    "gemv": {"cpu": _cpu, "reference": _reference},
+    "cached_attention": {"cpu": _cpu, "reference": _reference},
 }
 
 

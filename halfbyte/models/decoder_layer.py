@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.autograd.graph import save_on_cpu
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from halfbyte.kernels.gated_mlp import gated_act
@@ -31,7 +31,8 @@ from halfbyte.kernels.matmul_4bit import matmuls_4bit
 from halfbyte.kernels.rms_norm import add_rms_norm, rms_norm
 from halfbyte.kernels.rope import rope
 from halfbyte.lora.layer import LoraLinear
-from halfbyte.models.rows import FEW, Rows, Step, rows_of, watched
+from halfbyte.models.decode_step import LIST, prepared
+from halfbyte.models.rows import FEW, Rows, Step, epsilon, rows_of, watched
 from halfbyte.quant.dense import dense_weight, is_conv1d, is_linear_like
 from halfbyte.quant.linear import QuantLinear
 
@@ -88,11 +89,14 @@ class FusedLayer:
         angles = named.get("position_embeddings")
         if self.policy in ("recompute", "offload") and self.training and torch.is_grad_enabled():  # type: ignore[attr-defined]
             return _again(self, x, angles, rows).view_as(hidden_states)
+        step = prepared(self, x, rows, angles)
+        if step is not None:
+            return step.run(x, self.plan, self.self_attn, angles, rows).view_as(hidden_states)  # type: ignore[arg-type, attr-defined]
         return run(self, self.plan, x, angles, rows, self.policy).view_as(hidden_states)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """How it is copied and sent to another process, where its class is made again."""
-        return empty, (type(self).__mro__[2],), self.__dict__
+        return empty, (type(self).__mro__[2],), {name: value for name, value in self.__dict__.items() if name != LIST}
 
 
 def _again(layer: Any, x: Tensor, angles: Any, rows: Rows | Step) -> Tensor:
@@ -261,12 +265,3 @@ def norm_of(module: nn.Module, form: int) -> Norm:
 
 def _normed(module: nn.Module, form: int, x: Tensor) -> Tensor:
     return rms_norm(x, module.weight, epsilon(module), form)[0]  # type: ignore[arg-type]
-
-
-def epsilon(module: nn.Module) -> float:
-    """The norm's epsilon under either of its names.  Raises TypeError where there is none."""
-    for name in ("variance_epsilon", "eps"):
-        value = getattr(module, name, None)
-        if isinstance(value, float):
-            return value
-    raise TypeError(f"{type(module).__name__} names no epsilon")

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from halfbyte import surgery
 from halfbyte.errors import UnsupportedError
+from halfbyte.kernels.gemv import gemv
 from halfbyte.kernels.linear_cross_entropy import linear_cross_entropy
 
 
@@ -210,11 +211,13 @@ class LazyHead:
     """The forward of an output layer in training; `class_for` joins it with the layer's own class."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., H) -> (..., V), lazily where gradients are recorded in training mode."""
+        """(..., H) -> (..., V), lazily where gradients are recorded in training mode; of one token at the speed of reading the weight."""
         if self.training and torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):  # type: ignore[attr-defined]
             weight: Tensor = self.weight  # type: ignore[attr-defined]
             settings = _Settings(torch.Size([*x.shape[:-1], weight.shape[0]]), x.dtype)
             return LazyLogits.of(x, weight, self.bias, settings)  # type: ignore[attr-defined]
+        if x.numel() == x.shape[-1] and x.device.type == "cpu" and not torch.is_grad_enabled():
+            return gemv(x, self.weight, self.bias)  # type: ignore[attr-defined]
         return super().forward(x)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -54,6 +54,7 @@ class Step:
     cache: DynamicCache
     rows: int
     width: int = 1
+    _angles: dict[int, tuple[Any, Tensor, Tensor]] = field(default_factory=dict)
 
     def attend(self, attention: Any, plan: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(rows, heads, D) of q (rows, heads, D), k and v (rows, groups, D), which the cache takes."""
@@ -63,9 +64,12 @@ class Step:
         return cached_attention(q, keys, values, plan.scaling, plan.softcap)
 
     def angles(self, pair: Any) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each (rows, R), of the new tokens."""
-        cos, sin = (part.expand(self.rows, -1, -1)[:, 0] for part in pair)
-        return cos, sin
+        """(cos, sin), each (rows, R) float32, of the new tokens; made once per pair."""
+        known = self._angles.get(id(pair))
+        if known is None:
+            cos, sin = (part.expand(self.rows, -1, -1)[:, 0].float().contiguous() for part in pair)
+            known = self._angles[id(pair)] = (pair, cos, sin)
+        return known[1], known[2]
 
 
 class RowMask(Tensor):
@@ -153,3 +157,12 @@ def watched(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     known = "output_capturing_hook"
     return any(getattr(hook, "__name__", "") != known for group in hooks for hook in group.values()) or "forward" in vars(module)
+
+
+def epsilon(module: nn.Module) -> float:
+    """The norm's epsilon under either of its names.  Raises TypeError where there is none."""
+    for name in ("variance_epsilon", "eps"):
+        value = getattr(module, name, None)
+        if isinstance(value, float):
+            return value
+    raise TypeError(f"{type(module).__name__} names no epsilon")

@@ -11,6 +11,7 @@ The compute dtype is a field: None means the dtype of x, or autocast's.  It is n
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,9 +135,13 @@ class QuantLinear(nn.Module):
         if self.format == "int8":
             y = matmul_int8(x, self.weight, self.absmax, self.dtype)
         else:
-            shape, nested = (self.out_features, self.in_features), self._nested
-            y = matmul_4bit(x, self.weight.view(-1), self.absmax, self.codebook, self.blocksize, shape, self.dtype, nested)
+            y = matmul_4bit(x, *self.product_arguments())
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def product_arguments(self) -> tuple[Any, ...]:
+        """What `matmul_4bit` wants besides x."""
+        shape = (self.out_features, self.in_features)
+        return self.weight.view(-1), self.absmax, self.codebook, self.blocksize, shape, self.dtype, self._nested
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Moves reach every buffer; casts reach only the bias."""

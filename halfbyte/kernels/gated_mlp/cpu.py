@@ -47,7 +47,7 @@ def _below(g):  # type: ignore[no-untyped-def]
 
 
 @native("gate: T*, up: T*, h: T*, width: i64, gate_row: i64, up_row: i64, act: i64", T=("bf16", "f32"), apart=True)
-def _forward(gate: Any, up: Any, h: Any, width: int, gate_row: int, up_row: int, act: int, first: int, last: int) -> None:
+def act_rows(gate: Any, up: Any, h: Any, width: int, gate_row: int, up_row: int, act: int, first: int, last: int) -> None:
     for row in range(first, last):
         a, b, c = row * gate_row, row * up_row, row * width
         if act == 0:
@@ -106,7 +106,7 @@ def gated_act(gate: Tensor, up: Tensor, act: str) -> Tensor:
     (gates, gate_row), (ups, up_row), width = as_rows(gate), as_rows(up), gate.shape[-1]
     h = gate.new_empty(gate.shape)
     if h.numel():
-        _forward(h.numel() // width, gates, ups, h, width, gate_row, up_row, ACTS.index(act), work=h.numel())
+        act_rows(h.numel() // width, gates, ups, h, width, gate_row, up_row, ACTS.index(act), work=h.numel())
     return h
 
 

@@ -122,3 +122,18 @@ def matmul_4bit(
             return _Product.apply(x, _serve, _serve_gradient, packed, absmax, codebook, blocksize, shape, dtype, *(nested or ()))
         return _serve(x, packed, absmax, codebook, blocksize, shape, dtype, *(nested or ()))
     return torch.ops.halfbyte.matmul_4bit(x, packed, absmax, codebook, blocksize, shape, dtype, *(nested or ()))
+
+
+def matmuls_4bit(x: Tensor, weights: Sequence[tuple[Any, ...]]) -> list[Tensor]:
+    """x (..., I) times each of several weights, given as the other arguments of `matmul_4bit`; not differentiable.
+
+    Four rows at most on the CPU are brought into the kernel's order once for all of them.  Raises as `matmul_4bit` does.
+    """
+    for packed, absmax, codebook, blocksize, shape, _, nested in weights:
+        check(x, shape)
+        check_stored(packed, absmax, codebook, blocksize, shape[0] * shape[1], nested)
+    module = listing.implementation(OP, x)
+    if hasattr(module, "matmuls_4bit"):
+        made: list[Tensor] = module.matmuls_4bit(x, weights)
+        return made
+    return [module.matmul_4bit(x, *weight) for weight in weights]

@@ -10,6 +10,7 @@ Many rows: dequantized into a buffer that is used again (`scratch.py`), then the
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from halfbyte.kernels import instructions
 from halfbyte.kernels.dequantize_blockwise import dequantize_into
 from halfbyte.kernels.dequantize_blockwise.cpu import SCALES, level_of, scale_arguments, scale_of
-from halfbyte.kernels.native import native, store
+from halfbyte.kernels.native import Bound, native, store
 from halfbyte.kernels.scalars import narrow, widen
 from halfbyte.kernels.scratch import borrowed
 
@@ -156,6 +157,26 @@ def any_shape(  # type: ignore[no-untyped-def]
             store(y, row * outputs + output, total)
 
 
+@native("x: bf16*, y: bf16*")
+def order(x, y, first, last):  # type: ignore[no-untyped-def]
+    """64s first..last of x, the even elements of each before the odd ones: as `one_row_short` reads them."""
+    for part in range(first, last):
+        for i in range(32):
+            y[64 * part + i] = x[64 * part + 2 * i]
+            y[64 * part + 32 + i] = x[64 * part + 2 * i + 1]
+
+
+def bound_row(x: Tensor, y: Tensor, packed: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, shape: Sequence[int],
+    dtype: torch.dtype, nested: Nested | None,
+) -> Bound | None:  # fmt: skip
+    """The product of one row, ready to run again: x (I,) as `order` leaves it, y (O,); None where processor or shape do not serve."""
+    outputs, columns = shape
+    if columns % 64 or blocksize % 64 or dtype not in (torch.bfloat16, torch.float32) or not instructions.short_products():
+        return None
+    weight = (packed.contiguous(), *scale_arguments(absmax, nested), codebook.contiguous(), blocksize, columns, outputs, 1)
+    return one_row_short.bind(outputs, x, *weight, y, work=outputs * columns)
+
+
 def matmul_4bit(
     x: Tensor, packed: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, shape: Sequence[int], dtype: torch.dtype,
     nested: Nested | None = None,
@@ -165,7 +186,17 @@ def matmul_4bit(
     if rows > FEW or not {x.dtype, dtype} <= {torch.bfloat16, torch.float32}:
         with _dense(packed, absmax, codebook, blocksize, shape, dtype, x.dtype, nested) as weight_OI:
             return torch.nn.functional.linear(x, weight_OI)
-    return _few(x.detach(), rows, packed, absmax, codebook, blocksize, shape, dtype, nested)
+    return few_rows(Activations(x.detach(), rows), packed, absmax, codebook, blocksize, shape, dtype, nested)
+
+
+def matmuls_4bit(x: Tensor, weights: Sequence[tuple[Any, ...]]) -> list[Tensor]:
+    """x (..., I) times each of several weights (the other arguments of `matmul_4bit`)."""
+    rows = x.numel() // max(1, x.shape[-1])
+    few = rows <= FEW and x.dtype in (torch.bfloat16, torch.float32)
+    shared = Activations(x.detach(), rows)
+    return [
+        few_rows(shared, *weight) if few and weight[5] in (torch.bfloat16, torch.float32) else matmul_4bit(x, *weight) for weight in weights
+    ]
 
 
 def input_gradient(
@@ -189,31 +220,53 @@ def _dense(
         yield dequantize_into(weight_OI, packed, absmax, codebook, blocksize, nested).to(compute)
 
 
-def _few(
-    x: Tensor, rows: int, packed: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, shape: Sequence[int], dtype: torch.dtype,
+@dataclass
+class Activations:
+    """Up to four rows of x, put in the order a kernel reads them in when it is first asked for: weights that share an input share it."""
+
+    x: Tensor
+    rows: int
+    _ordered: dict[str, Tensor] = field(default_factory=dict)
+
+    def ordered(self, kind: str) -> Tensor:
+        """Even elements before odd ones in 64s (`short`), in 32s (`one`), the same in four rows (`four`), or as they are (`any`)."""
+        if kind not in self._ordered:
+            columns = self.x.shape[-1]
+            if kind == "short":
+                made = self.x.reshape(columns // 64, 32, 2).transpose(1, 2).contiguous()
+            elif kind == "any":
+                made = self.x.float().contiguous()
+            else:
+                apart = self.x.float().reshape(self.rows, columns // 32, 16, 2).transpose(2, 3)
+                if kind == "one":
+                    made = apart.contiguous()
+                else:
+                    made = torch.zeros((FEW, columns // 32, 2, 16), dtype=torch.float32)
+                    made[: self.rows] = apart
+            self._ordered[kind] = made
+        return self._ordered[kind]
+
+
+def few_rows(
+    x: Activations, packed: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, shape: Sequence[int], dtype: torch.dtype,
     nested: Nested | None,
 ) -> Tensor:  # fmt: skip
+    """The product without a dense weight, (..., O)."""
     outputs, columns = shape
-    kind = x.dtype
+    kind, rows = x.x.dtype, x.rows
     short = kind == torch.bfloat16 and rows == 1 and columns % 64 == 0 and blocksize % 64 == 0 and instructions.short_products()
     narrowed = int(torch.bfloat16 in (kind, dtype))
     weight = (packed.contiguous(), *scale_arguments(absmax, nested), codebook.contiguous(), blocksize, columns, outputs, narrowed)
-    if short:
-        y = torch.empty((1, outputs), dtype=kind)
-        apart = x.reshape(columns // 64, 32, 2).transpose(1, 2).contiguous()
-        one_row_short(outputs, apart, *weight, y, work=outputs * columns)
-    elif columns % 32 or blocksize % 32:
+    work = outputs * columns
+    if columns % 32 or blocksize % 32:
         y = torch.empty((rows, outputs), dtype=kind)
-        any_shape(outputs, x.float().contiguous(), rows, *weight, y, work=outputs * columns)
+        any_shape(outputs, x.ordered("any"), rows, *weight, y, work=work)
+    elif rows == 1:
+        y = torch.empty((1, outputs), dtype=kind)
+        kernel, order = (one_row_short, "short") if short else (one_row, "one")
+        kernel(outputs, x.ordered(order), *weight, y, work=work)
     else:
-        apart = x.float().reshape(rows, columns // 32, 16, 2).transpose(2, 3)
-        if rows == 1:
-            y = torch.empty((1, outputs), dtype=kind)
-            one_row(outputs, apart.contiguous(), *weight, y, work=outputs * columns)
-        else:
-            padded = torch.zeros((FEW, columns // 32, 2, 16), dtype=torch.float32)
-            padded[:rows] = apart
-            y = torch.empty((FEW, outputs), dtype=kind)
-            four_rows(outputs, padded, *weight, y, work=outputs * columns)
-            y = y[:rows]
-    return y.reshape(*x.shape[:-1], outputs)
+        y = torch.empty((FEW, outputs), dtype=kind)
+        four_rows(outputs, x.ordered("four"), *weight, y, work=work)
+        y = y[:rows]
+    return y.reshape(*x.x.shape[:-1], outputs)

@@ -21,7 +21,7 @@ STRIP = 64
     "x: T*, residual: T*, summed: T*, w: f32*, y: T*, rstd: f32*, H: i64, eps: f32, added: i64, twice: i64",
     T=("bf16", "f32"), fast=True, apart=True,
 )  # fmt: skip
-def _norm(
+def norm_rows(
     x: Any, residual: Any, summed: Any, w: Any, y: Any, rstd: Any, H: int, eps: float, added: int, twice: int, first: int, last: int
 ) -> None:  # fmt: skip
     """Rows of `summed`, which are made first where `added` says so; `twice`: n is rounded to bfloat16 on its own, then the product."""
@@ -96,7 +96,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, form: int) -> tuple[Tensor, 
         return reference.rms_norm(x, weight, eps, form)
     x = x.contiguous()
     y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    _norm(rstd.numel(), None, None, x, _factor(weight, form), y, rstd, x.shape[-1], eps, False, _twice(x, form))
+    norm_rows(rstd.numel(), None, None, x, _factor(weight, form), y, rstd, x.shape[-1], eps, False, _twice(x, form))
     return y, rstd
 
 
@@ -106,7 +106,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, form: 
         return reference.add_rms_norm(x, residual, weight, eps, form)
     x, residual = x.contiguous(), residual.contiguous()
     summed, y, rstd = torch.empty_like(x), torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    _norm(rstd.numel(), x, residual, summed, _factor(weight, form), y, rstd, x.shape[-1], eps, True, _twice(x, form))
+    norm_rows(rstd.numel(), x, residual, summed, _factor(weight, form), y, rstd, x.shape[-1], eps, True, _twice(x, form))
     return summed, y, rstd
 
 

@@ -16,7 +16,7 @@ from halfbyte.kernels.rope import reference
     "x: T*, y: T*, cos: f32*, sin: f32*, heads: i64, width: i64, angles: i64, token_step: i64, head_step: i64, inverse: i64",
     T=("bf16", "f32"), apart=True,
 )  # fmt: skip
-def _turn(
+def turn(
     x: Any, y: Any, cos: Any, sin: Any, heads: int, width: int, angles: int, token_step: int, head_step: int, inverse: int,
     first: int, last: int,
 ) -> None:  # fmt: skip
@@ -86,7 +86,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     y = x.new_empty(x.shape)
     if y.numel():
         tokens, heads, width = x.shape
-        _turn(tokens, _flat(x), y, *_tables(cos, sin), heads, width, cos.shape[1], x.stride(0), x.stride(1), inverse, work=y.numel())
+        turn(tokens, _flat(x), y, *_tables(cos, sin), heads, width, cos.shape[1], x.stride(0), x.stride(1), inverse, work=y.numel())
     return y
 
 
