@@ -180,17 +180,18 @@ def kept_bytes(shape: ModelShape, setting: Setting) -> int:
 
 
 def gap_bytes(shape: ModelShape, setting: Setting) -> int:
-    """What the heap of a CPU cannot use again between the blocks of a layer: half of the largest, for every layer.
+    """What the heap of a CPU cannot use again between the blocks of a layer: one as large as the largest it keeps, for every layer.
 
-    Activations come and go as blocks of a few sizes between small ones that stay.  A free piece of the heap takes blocks until the next
-    does not fit; what is left over at its end is, in the mean, half of the largest block that a layer keeps.
+    A layer also makes blocks that go at once, the largest as large as the largest that stays (act(gate) up beside gate and up).  The hole
+    such a one leaves among blocks that stay is not filled by the next layer's: for an aligned block glibc looks for a free piece some
+    bytes longer, and what it cuts off gets in the way (https://sourceware.org/bugzilla/show_bug.cgi?id=30723).
     """
     if setting.device != "cpu":
         return 0
     sizes, policy = words(shape, setting), POLICIES[setting.policy]
     rows = rows_of(shape, setting, policy.keeps or policy.host)
     largest = max(sizes[word] * (row.width or WIDTHS[setting.dtype]) for row in rows for word in row.words)
-    return ceil(shape.layers * setting.batch_tokens * largest / 2)
+    return ceil(shape.layers * setting.batch_tokens * largest)
 
 
 def host_bytes(shape: ModelShape, setting: Setting) -> int:

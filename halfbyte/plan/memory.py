@@ -181,7 +181,7 @@ def plan_memory(shape: ModelShape, setting: Setting, program_bytes: int = 0) -> 
         Term("gradients", count * WIDTHS[trained], "always", f"{WIDTHS[trained]} bytes a trained parameter"),
         Term("optimizer", 0 if away else state, "always", _state_text(setting)),
         Term("activations", kept_bytes(shape, setting), "activations", _kept_text(shape, setting)),
-        Term("heap gaps", gap_bytes(shape, setting), "activations", "half of a layer's largest block, for every layer"),
+        Term("heap gaps", gap_bytes(shape, setting), "activations", "one hole of a layer's largest block, for every layer"),
         Term("head", head_bytes(shape, setting), "head", "last states and their gradients; that of the head where it is trained"),
         Term("logits", chunk_bytes(shape, setting), "head" if setting.device == "gpu" else "always", "one chunk of 96 MiB in float32"),
         Term("workspace", workspace_bytes(shape, setting), "layer", "backward of one layer, and its largest matrix in full"),

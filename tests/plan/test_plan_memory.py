@@ -1,5 +1,6 @@
 """Terms of a memory plan: exact bytes of weights, adapters and optimizer state against real modules; published figures; golden totals."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +164,12 @@ def test_full_trains_each_weight_once(tiny_llama: Any) -> None:
     assert trained_params(shape, setting) == sum(parameter.numel() for parameter in model.parameters()) == shape.total_params
     plan = plan_memory(shape, setting)
     assert plan.named("weights, dense") == plan.named("gradients") == 4 * shape.total_params == plan.named("optimizer") // 2
+
+
+def test_holes_of_the_heap_are_one_block_a_layer_on_a_processor_only() -> None:
+    """2,048 tokens of 14,336 inner columns in bfloat16 and 32 layers; where only layer inputs stay, 4,096 columns."""
+    setting = Setting(tokens=2048)
+    assert plan_memory(LLAMA_8B, setting).named("heap gaps") == 32 * 2048 * 14336 * 2
+    assert plan_memory(LLAMA_8B, replace(setting, policy="recompute")).named("heap gaps") == 32 * 2048 * 4096 * 2
+    assert plan_memory(LLAMA_8B, replace(setting, policy="offload")).named("heap gaps") == 32 * 2048 * 4096 * 2
+    assert plan_memory(LLAMA_8B, replace(setting, device="gpu")).named("heap gaps") == 0
