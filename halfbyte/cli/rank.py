@@ -73,7 +73,10 @@ def rank(
         names = tuple(name.strip() for name in stages.split(",") if name.strip())
         found = recommend(config, Ask(names, task, probe_rank, probe_steps, rows))
         text, values = rank_text.recommendation_text(found, modules=modules), rank_text.recommendation_dict(found)
-    say(dumps(values, indent=1) if as_json else text)
+    if as_json:
+        typer.echo(dumps(values, indent=1))  # not `say`: what looks like a secret ("tokens": 12) would be blanked
+        return
+    say(text)
 
 
 def _require_fit(
