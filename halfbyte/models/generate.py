@@ -3,6 +3,8 @@
     prompts of different lengths:   pad pad a  b  c        padding on the left, masked; positions count from the first real token,
                                     d   e   f  g  h        so a prompt's answer does not depend on its neighbours
 
+On a CPU the model's layers are exchanged for those that decode on own ops, where their structure is known (structure.py).
+
 Greedy at temperature 0, else sampled with a seed of its own.  Generation ends at any of the model's end tokens: those of
 its generation config and the tokenizer's.  The model's own generation config gives nothing else: sampling settings are the caller's.
 """
@@ -17,7 +19,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from halfbyte.errors import ConfigError
+from halfbyte.models.lazy_logits import make_lazy
 from halfbyte.models.modes import evaluating
+from halfbyte.models.structure import fuse
 
 Prompt = str | Sequence[int]
 
@@ -43,6 +47,8 @@ def generate(
     Raises ConfigError on settings out of range.
     """
     _check_writes(model)
+    if next(model.parameters()).device.type == "cpu" and fuse(model).layers:
+        make_lazy(model)
     _check(max_new_tokens, temperature, top_p, seed, batch_size, stream, len(prompts))
     token_lists = [tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     _check_room(model, token_lists, max_new_tokens)
