@@ -41,6 +41,7 @@ _WATCHED_FLAGS = (
 )
 
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 """Instruction sets that multiply bfloat16."""
 
@@ -91,14 +92,26 @@ def _cgroup_quota() -> int | None:
 
 
 def memory_bytes() -> tuple[int, int]:
-    """(total, available) bytes of main memory, the smaller of the machine's and the control group's limit."""
+    """(total, available) bytes of main memory, the smaller of the machine's and the control group's limit.
+
+    Pages of files that the system keeps for the group count as available: it drops them when memory is asked for.
+    """
     seen = psutil.virtual_memory()
     total, available = int(seen.total), int(seen.available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    limit, used = CONTROL_GROUP / "memory.max", CONTROL_GROUP / "memory.current"
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
         total = min(total, int(text))
-        available = min(available, max(0, int(text) - int(used.read_text())))
+        held = int(used.read_text()) - _file_pages(CONTROL_GROUP / "memory.stat")
+        available = min(available, max(0, int(text) - held))
     return total, available
+
+
+def _file_pages(path: Path) -> int:
+    """Bytes of file pages in a control group's memory.stat; 0 where there is none."""
+    if not path.is_file():
+        return 0
+    fields = dict(line.split() for line in path.read_text().splitlines() if len(line.split()) == 2)
+    return sum(int(fields.get(name, 0)) for name in ("inactive_file", "active_file"))
 
 
 def _cpu() -> tuple[str, tuple[str, ...]]:

@@ -5,6 +5,8 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -92,3 +94,17 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(EnvironmentFault, match="a GPU must be there"):
             devices.compute_device("cuda")
+
+
+def test_a_control_groups_limit_counts_and_its_file_pages_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container that has read a large model file is not out of memory: the pages of the file go when others are asked for."""
+    monkeypatch.setattr(devices, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: SimpleNamespace(total=64 << 30, available=60 << 30))
+    assert devices.memory_bytes() == (64 << 30, 60 << 30)
+    (tmp_path / "memory.max").write_text(f"{8 << 30}\n")
+    (tmp_path / "memory.current").write_text(f"{7 << 30}\n")
+    assert devices.memory_bytes() == (8 << 30, 1 << 30)
+    (tmp_path / "memory.stat").write_text(f"anon {1 << 30}\nfile {6 << 30}\ninactive_file {4 << 30}\nactive_file {1 << 30}\n")
+    assert devices.memory_bytes() == (8 << 30, 6 << 30)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert devices.memory_bytes() == (64 << 30, 60 << 30)

@@ -17,8 +17,7 @@ def memory_bars(methods: Sequence[str], terms: Mapping[str, Sequence[float]], av
     for number, (name, values) in enumerate(terms.items()):
         axes.barh(methods, values, left=left, color=colours[number % len(colours)], label=name, height=0.6)
         left = [before + value for before, value in zip(left, values)]
-    axes.axvline(available_gib, color="#222222", linewidth=1.5, linestyle="--")
-    axes.annotate("available", (available_gib, -0.5), xytext=(4, 0), textcoords="offset points", fontsize=8, va="bottom")
+    axes.axvline(available_gib, color="#222222", linewidth=1.5, linestyle="--", label="available")
     axes.set_xlim(0, 1.12 * max([available_gib, *left]) if max(left) * 4 > available_gib else 1.3 * max(left))
     axes.invert_yaxis()
     axes.set_xlabel("GiB at the peak, estimate")

@@ -25,7 +25,6 @@ from halfbyte.shape import ModelShape
 from halfbyte.units import bytes_text, percent_text, seconds_text
 
 AUTO_METHODS = ("lora", "qlora")
-GROUPS = {"train.micro_batch_size": "train", "train.activations": "train", "data.max_tokens": "data"}
 
 
 @dataclass(frozen=True)

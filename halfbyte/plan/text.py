@@ -81,7 +81,8 @@ def _cell(one: Option, name: str) -> str:
 def how(one: Option) -> str:
     """Policy, state and rows at once of a setting in words."""
     state = "" if one.setting.state == "float32" else f", optim.state={one.setting.state}" + (", paged" if one.setting.paged else "")
-    return f"policy {one.setting.policy} ({POLICIES[one.setting.policy].cost}){state}, {one.setting.micro_batch_size} rows at once"
+    size = one.setting.micro_batch_size
+    return f"policy {one.setting.policy} ({POLICIES[one.setting.policy].cost}){state}, {size} {'row' if size == 1 else 'rows'} at once"
 
 
 def _fitting(given: Answer) -> str:

@@ -57,4 +57,10 @@ MUTANTS = [
     Mutant("T0", "attention of rows of many lengths counted by their mean", "halfbyte/plan/speed.py",
            "(rows.mean, rows.mean_square)", "(rows.mean, rows.mean**2)",
            "tests/plan/test_plan_rates.py::test_rows_of_many_lengths_count_by_their_mean_and_attention_by_the_square"),
+    Mutant("T0", "a container that has read a file looks full", "halfbyte/devices.py",
+           'held = int(used.read_text()) - _file_pages(CONTROL_GROUP / "memory.stat")', "held = int(used.read_text())",
+           "tests/test_devices.py::test_a_control_groups_limit_counts_and_its_file_pages_are_free"),
+    Mutant("T0", "the plan forgets the holes of the heap", "halfbyte/plan/activations.py",
+           "return ceil(shape.layers * setting.batch_tokens * largest)", "return ceil(setting.batch_tokens * largest)",
+           "tests/plan/test_plan_memory.py::test_holes_of_the_heap_are_one_block_a_layer_on_a_processor_only"),
 ]  # fmt: skip
