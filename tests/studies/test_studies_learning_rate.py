@@ -116,7 +116,7 @@ def run(words: list[str]) -> "subprocess.CompletedProcess[str]":
     environment = dict(os.environ, OMP_NUM_THREADS="1", NO_COLOR="1", HF_HUB_OFFLINE="1", HALFBYTE_KERNELS="reference",
                        PYTHONPATH=str(ROOT))  # fmt: skip
     command = [sys.executable, "-m", "halfbyte", *words]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3000, check=False)
 
 
 @pytest.mark.slow
