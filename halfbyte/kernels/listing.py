@@ -80,7 +80,12 @@ def chosen(op: str, device: str) -> str:
     Raises UnsupportedError when HALFBYTE_KERNELS names one that cannot serve; an op that has only its reference is not
     concerned by a forced "cpu", for the reference is what the CPU runs.
     """
-    known, forced = _IMPLEMENTATIONS[op], env.kernels()
+    return _chosen(op, device, env.kernels())
+
+
+@cache
+def _chosen(op: str, device: str, forced: str) -> str:
+    known = _IMPLEMENTATIONS[op]
     if forced == "auto":
         return next(name for name, why_not in known.items() if not why_not(device))
     if forced not in env.KERNEL_CHOICES:

@@ -111,6 +111,9 @@ class Native:
         """(the kernel for these types, its 64-bit arguments, how many threads)."""
         kind, slots, largest, of_kind = "", [count, 0, 0], 0, None
         for (name, wanted, typed), value in zip(self._plan, arguments, strict=True):
+            if typed == "i64":
+                slots.append(int(value))
+                continue
             if typed in _LLVM:
                 slots.append(_slot(typed, value))
                 continue
@@ -181,8 +184,7 @@ def _compiler(apart: bool) -> Any:
 
 
 def _slot(typed: str, value: Any) -> int:
-    if typed == "i64":
-        return int(value)
+    """The bits of a floating-point number."""
     if typed == "f32":
         return int.from_bytes(struct.pack("<f", value), "little")
     if typed == "f64":
@@ -261,7 +263,7 @@ def _packed(slots: list[int], threads: int) -> Any:
     """The arguments as the kernel reads them."""
     if threads > 1:
         _, slots[1], slots[2] = _team()
-    return (ctypes.c_uint64 * len(slots))(*[slot & 0xFFFFFFFFFFFFFFFF for slot in slots])
+    return (ctypes.c_int64 * len(slots))(*slots)
 
 
 def _enter(entry: tuple[int, Any], packed: Any, count: int, threads: int) -> None:

@@ -314,18 +314,45 @@ def _short_look_up(builder: ir.IRBuilder, table: Any, packed: Any) -> Any:
     return builder.bitcast(joined, ir.VectorType(_I16, 32))
 
 
+def _store_32(builder: ir.IRBuilder, kind: Any, address: Any, at: Any, levels: Any, source: Any, begin: Any) -> None:
+    """out[at : at + 32] = levels[nibbles of 16 bytes]."""
+    bytes_ = _read(builder, source, begin, ir.VectorType(_I8, 16))
+    if kind.dtype == types.uint16:
+        _write(builder, address, at, _short_look_up(builder, builder.bitcast(levels, _INTS), bytes_))
+        return
+    for half, part in enumerate(_halves(builder, _nibbles(builder, bytes_, 32))):
+        value = _pick(builder, levels, builder.zext(part, _INTS))
+        _write(builder, address, builder.add(at, ir.Constant(_I64, 16 * half)), value)
+
+
 @intrinsic
 def store_looked_up(typing_context: Any, out: Any, index: Any, table: Any, packed: Any, start: Any) -> Any:
     """out[index : index + 32] = table[nibbles of the 16 bytes packed[start :]]; a bfloat16 `out` takes the low 16 bits of the table."""
 
-    def build(builder: ir.IRBuilder, kinds: Any, address: Any, at: Any, levels: Any, source: Any, begin: Any) -> Any:
-        bytes_ = _read(builder, source, begin, ir.VectorType(_I8, 16))
-        if kinds[0].dtype == types.uint16:
-            _write(builder, address, at, _short_look_up(builder, builder.bitcast(levels, _INTS), bytes_))
+    def build(builder: ir.IRBuilder, kinds: Any, address: Any, at: Any, levels: Any, source: Any, begin: Any) -> None:
+        _store_32(builder, kinds[0], address, at, levels, source, begin)
+
+    return _made(types.void, (out, types.int64, floats16, packed, types.int64), build)
+
+
+@intrinsic
+def store_looked_up_64(typing_context: Any, out: Any, index: Any, table: Any, packed: Any, start: Any) -> Any:
+    """The same for 64 elements in 32 bytes; with AVX-512 the even and the odd ones are looked up apart and put together afterwards."""
+
+    def build(builder: ir.IRBuilder, kinds: Any, address: Any, at: Any, levels: Any, source: Any, begin: Any) -> None:
+        if kinds[0].dtype != types.uint16 or instructions.level() != "avx512":
+            for half in range(2):
+                to, first = builder.add(at, ir.Constant(_I64, 32 * half)), builder.add(begin, ir.Constant(_I64, 16 * half))
+                _store_32(builder, kinds[0], address, to, levels, source, first)
             return
-        for half, part in enumerate(_halves(builder, _nibbles(builder, bytes_, 32))):
-            value = _pick(builder, levels, builder.zext(part, _INTS))
-            _write(builder, address, builder.add(at, ir.Constant(_I64, 16 * half)), value)
+        shorts = builder.trunc(builder.bitcast(levels, _INTS), ir.VectorType(_I16, 16))
+        twice = builder.shuffle_vector(shorts, shorts, _order([lane % 16 for lane in range(32)]))
+        whole = builder.zext(_read(builder, source, begin, ir.VectorType(_I8, 32)), twice.type)
+        above = builder.lshr(whole, _constant(_I16, 4, 32))
+        even, odd = (_call(builder, "llvm.x86.avx512.permvar.hi.512", twice.type, twice, index) for index in (above, whole))
+        for half in range(2):
+            lanes = [16 * half + lane // 2 + 32 * (lane % 2) for lane in range(32)]
+            _write(builder, address, builder.add(at, ir.Constant(_I64, 32 * half)), builder.shuffle_vector(even, odd, _order(lanes)))
 
     return _made(types.void, (out, types.int64, floats16, packed, types.int64), build)
 

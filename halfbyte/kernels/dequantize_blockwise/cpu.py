@@ -37,7 +37,7 @@ SCALES = "nested: i64, absmax: f32*, codes: u8*, absmax2: f32*, levels2: f32*, o
 @native(f"packed: u8*, {SCALES}, codebook: f32*, blocksize: i64, numel: i64, begin: i64, out: T*", T=("bf16", "f32"), lazy=True)
 def unpack() -> Any:
     """Blocks begin + first..begin + last of 16 levels; `out` starts with block `begin`."""
-    from halfbyte.kernels.vectors import as_stored, load16, splat, store_looked_up, times
+    from halfbyte.kernels.vectors import as_stored, load16, splat, store_looked_up, store_looked_up_64, times
 
     def kernel(  # type: ignore[no-untyped-def]
         packed, nested, absmax, codes, absmax2, levels2, offset, codebook, blocksize, numel, begin, out, first, last
@@ -50,8 +50,7 @@ def unpack() -> Any:
                 scale = scale_of(block, nested, absmax, codes, absmax2, levels2, offset)
                 table = as_stored(out, times(levels, splat(scale)))
                 to = (block - begin) << 6
-                store_looked_up(out, to, table, packed, block << 5)
-                store_looked_up(out, to + 32, table, packed, (block << 5) + 16)
+                store_looked_up_64(out, to, table, packed, block << 5)
                 ahead = block + 1
         for block in range(ahead, begin + last):
             start = block * blocksize
