@@ -6,6 +6,7 @@ another one are held out.  The starter's weights were 4-bit before it came here 
 repeated in a rotated basis, where the weights are not on that lattice: a control for the order of the arms, not a better model.
 
     python -m benchmarks.bench_calibrated [--work FOLDER]     resumes: an arm whose numbers are in FOLDER is not measured again
+    python -m benchmarks.bench_calibrated --write             only writes down what FOLDER holds so far, seeds that are finished
     python -m benchmarks.bench_calibrated --page              only puts the committed figures into docs/calibrated.md
     python -m benchmarks.bench_calibrated --time-only         measures how long `halfbyte quantize --calibrate` takes, and adds it
 
@@ -97,12 +98,18 @@ def measure(notes: Notes, basis: str, calibration: str, seeds: tuple[int, ...]) 
 
 
 def table(notes: Notes, basis: str, calibration: str, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
-    """One row for each held-out text and arm: means over the seeds, the smallest and the largest."""
-    made = []
+    """One row for each held-out text and arm: means over the finished seeds, the smallest and the largest; none where an arm has none."""
+    made: list[dict[str, Any]] = []
+    finished = [
+        seed for seed in seeds
+        if all(notes.has(basis, calibration, text, arm, seed) for text in SETS[calibration] for arm in ("start", *BARS))
+    ]  # fmt: skip
+    if not finished or not all(notes.has(basis, calibration, text, arm, 0) for text in SETS[calibration] for arm in arms.ONCE):
+        return []
     for text in SETS[calibration]:
         plain = notes.get(basis, calibration, text, "nf4", 0)["kl_nats"]
         for arm in ("unquantized", *arms.ONCE, "scales", "start", "scales and start"):
-            runs = [notes.get(basis, calibration, text, arm, seed) for seed in (seeds if arm in ("start", *BARS) else (0,))]
+            runs = [notes.get(basis, calibration, text, arm, seed) for seed in (finished if arm in ("start", *BARS) else (0,))]
             kls = [run["kl_nats"] for run in runs]
             made.append({
                 "basis": basis, "calibrated_on": calibration, "held_out_text": text, "same_domain": text == calibration, "arm": arm,
@@ -144,16 +151,20 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/bench-calibrated"))
     parser.add_argument("--time-only", action="store_true")
     parser.add_argument("--page", action="store_true")
+    parser.add_argument("--write", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     path = record.RESULTS / "calibrated.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
+
+    def written() -> dict[str, Any]:
+        return json.loads(path.read_text()) if path.exists() else {}
+
     if options.page:
-        PAGE.write_text(with_figures(PAGE.read_text(), before))
+        PAGE.write_text(with_figures(PAGE.read_text(), written()))
         return 0
     if options.time_only:
         took = calibration_seconds(options.threads, arms.RANK)
-        path.write_text(json.dumps({**before, "calibration_time": took}, indent=1) + "\n")
+        path.write_text(json.dumps({**written(), "calibration_time": took}, indent=1) + "\n")
         print(f"{took['seconds']:.0f} s for {took['tokens']:,} tokens on {took['threads']} threads")
         return 0
     torch.set_num_threads(options.threads)
@@ -161,7 +172,8 @@ def main() -> int:
     plan = [("as distributed", "prose", SEEDS), ("rotated", "prose", SEEDS[:1]), ("as distributed", "gsm8k", SEEDS)]
     rows: list[dict[str, Any]] = []
     for basis, calibration, seeds in plan:
-        measure(notes, basis, calibration, seeds)
+        if not options.write:
+            measure(notes, basis, calibration, seeds)
         rows += table(notes, basis, calibration, seeds)
         body: dict[str, Any] = {
             "model": "starter (SmolLM2-135M-Instruct from Q4_1), float32", "layers": "all linear layers of the backbone, NF4, block 64, DQ",
@@ -171,8 +183,8 @@ def main() -> int:
             if notes.has("rotated", "prose", "rotation") else None,
             "piece_tokens": arms.LENGTH, "python_texts": sys.version.split()[0], "bars": verdicts(rows), "table": rows,
         }  # fmt: skip
-        if "calibration_time" in before:
-            body["calibration_time"] = before["calibration_time"]
+        if "calibration_time" in (kept := written()):
+            body["calibration_time"] = kept["calibration_time"]
         record.write("calibrated", body)
     for row in rows:
         print(f"{row['basis']:<15} {row['calibrated_on']:<6} {row['held_out_text']:<6} {row['arm']:<17} KL {row['kl_nats']:.4f} nats "
