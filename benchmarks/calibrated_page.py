@@ -12,9 +12,9 @@ NAMES = {
 HEAD = """## Figures
 
 The starter model in float32, {layers}; calibrated on {calibration_tokens:,} tokens ({of_them_judging:,} of them only judge),
-measured on {held_out_tokens:,} held-out tokens a text, before any training; rank {rank}, LoftQ with {loftq_rounds} rounds. KL is that from the
-unquantized model, the mean over the positions in nats; a range is over the seeds that draw the calibration rows. Texts: `prose` is Python's
-language reference (`pydoc_data.topics`), `code` modules of its standard library, `gsm8k` word problems. All from
+measured on {held_out_tokens:,} held-out tokens a text, before any training; rank {rank}, LoftQ with {loftq_rounds} rounds. KL is that from
+the unquantized model, the mean over the positions in nats; a range is over the seeds that draw the calibration rows. Texts: `prose` is
+Python's language reference (`pydoc_data.topics`), `code` modules of its standard library, `gsm8k` word problems. All from
 `benchmarks/results/calibrated.json`, which `python -m benchmarks.bench_calibrated` measures.
 """
 TABLE = """
@@ -27,8 +27,8 @@ LATTICE = """
 The starter's weights were 4-bit (Q4_1) before they came here, which favours formats near that one.
 """
 ROTATED = """
-In the rotated basis (norm gains folded in, the residual stream turned by a random orthogonal matrix: the same function) they are not on that
-lattice: a control for the order of the arms, not a better model.
+In the rotated basis (norm gains folded in, the residual stream turned by a random orthogonal matrix: the same function) they are not on
+that lattice: a control for the order of the arms, not a better model.
 """
 TIME = """
 `halfbyte quantize starter --calibrate` with a start of rank {start_rank}, loading and writing included, took {seconds:.0f} s for {rows}
