@@ -234,3 +234,19 @@ def test_logits_of_weights_that_have_moved_are_refused() -> None:
         with pytest.raises(UnsupportedError) as caught:
             late.logits + 0
         assert caught.value.code == "E-UNSUP-062"
+
+
+def test_dropout_of_an_adapter_acts() -> None:
+    """T32: own ops know none, so a layer with it is called as a module."""
+    model = small("llama", *MODELS["llama"])
+    inject(model, LoraConfig(rank=3, dropout=0.5), seed=1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_b" in name:
+                parameter.fill_(1.0)
+    assert fuse(model).layers == 3
+    ids = batch("plain")["input_ids"]
+    model.eval()
+    assert torch.equal(model(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    model.train()
+    assert not torch.equal(model(ids, use_cache=False).logits, model(ids, use_cache=False).logits)

@@ -1,4 +1,4 @@
-"""Bugs put into loading, saving, generation and held-out scores on purpose."""
+"""Bugs put into loading, saving, generation, held-out scores and own layers on purpose."""
 
 from tests.mutants.mutant import Mutant
 
@@ -8,6 +8,11 @@ _MODES = "halfbyte/models/modes.py"
 _ROPE, _TEST_LOAD = "halfbyte/models/rope.py", "tests/models/test_models_load.py::"
 _QUANTIZER = "halfbyte/models/quantizer.py"
 _SAVE, _TEST_SAVE = "halfbyte/models/save.py", "tests/models/test_models_save.py::"
+_LAYER, _TEST_LAYER = "halfbyte/models/decoder_layer.py", "tests/models/test_models_decoder_layer.py::"
+_ANNOUNCE, _TEST_PATH = "halfbyte/models/announce.py", "tests/models/test_models_own_path.py::"
+_ROWS, _STRUCTURE, _LAZY = "halfbyte/models/rows.py", "halfbyte/models/structure.py", "halfbyte/models/lazy_logits.py"
+_HEADS, _BLOCK = "halfbyte/models/heads.py", "halfbyte/kernels/gated_mlp/block.py"
+_DEVICES, _TEST_DEVICES = "halfbyte/devices.py", "tests/test_devices.py::"
 
 MUTANTS = [
     Mutant(
@@ -105,5 +110,133 @@ MUTANTS = [
         "T69", "the chat template stays behind", _SAVE, "            tokenizer.save_pretrained(staging)\n",
         "            tokenizer.save_pretrained(staging)\n            (staging / \"chat_template.jinja\").unlink()\n",
         _TEST_SAVE + "test_end_tokens_and_template_come_along",
+    ),
+    # own layers: boundaries, padding
+    Mutant(
+        "T19", "rows of a batch are not told apart", _ROWS, "    begins[:, 0] = True\n", "    begins[0, 0] = True\n",
+        _TEST_LAYER + "test_fused_and_plain_agree[llama-plain]",
+    ),
+    Mutant(
+        "T19", "a sample of one token does not end", _ROWS, "position_ids[:, :-1] != 1)", "position_ids[:, :-1] < 0)",
+        _TEST_LAYER + "test_fused_and_plain_agree[llama-packed]",
+    ),
+    Mutant(
+        "T25", "padding on the left is attended to", _ROWS, "        begins[:, 1:] |= changes\n", "        pass\n",
+        _TEST_LAYER + "test_fused_and_plain_agree[llama-padded]",
+    ),
+    Mutant(
+        "T20", "rows without padding are one sample", _HEADS, "position_ids=positions[None], use_cache",
+        "position_ids=torch.arange(len(kept))[None], use_cache", _TEST_LAYER + "test_padding_is_not_computed",
+    ),
+    Mutant(
+        "T0", "padding is computed", _HEADS, "    if batch.positions is not None or not reads_boundaries(model):\n", "    if True:\n",
+        _TEST_LAYER + "test_padding_is_not_computed",
+    ),
+    Mutant(
+        "T0", "every batch has a shape of its own", _HEADS, "-len(kept) % ROUND_CPU if", "0 if",
+        _TEST_LAYER + "test_padding_is_not_computed",
+    ),
+    # own layers: policies, tiles
+    Mutant(
+        "T36", "the last product is left out of the forward pass too", _LAYER, "context_fn=lambda: (nullcontext(), without_down())",
+        "context_fn=lambda: (without_down(), without_down())", _TEST_LAYER + "test_policies_give_the_same_bits[llama-recompute]",
+    ),
+    Mutant(
+        "T36", "the layer is kept whole although it is to be computed again", _LAYER, 'self.policy in ("recompute", "offload")',
+        'self.policy in ("offload",)', "tests/plan/test_plan_activations.py::test_recomputing_keeps_one_input_a_layer",
+    ),
+    Mutant(
+        "T36", "gate and up are kept whatever the policy", _LAYER, 'keep=policy == "keep"', "keep=True",
+        "tests/plan/test_plan_activations.py::test_own_layers_keep_what_the_table_says[llama-recompute_mlp]",
+    ),
+    Mutant(
+        "T34", "the factors' gradients are those of the last tile", _BLOCK, "if totals else parts\n", "if False else parts\n",
+        _TEST_LAYER + "test_tiles_of_the_mlp_give_the_same_gradients",
+    ),
+    Mutant(
+        "T34", "an update scaled by 0 is none", "halfbyte/kernels/lora_linear/__init__.py", "self.scaling, bool(self.factors))",
+        "self.scaling, bool(self.factors) and self.scaling != 0)",
+        "tests/kernels/test_kernels_lora_linear.py::test_projections_with_and_without_updates_and_an_update_of_no_weight",
+    ),
+    Mutant(
+        "T32", "dropout of an adapter is passed over", _LAYER, " or (module.training and module.dropout > 0)", "",
+        _TEST_PATH + "test_dropout_of_an_adapter_acts",
+    ),
+    # own layers: what a layer is made of, and when it gives way
+    Mutant(
+        "T33", "a reading is compared in the rounding of bfloat16", _STRUCTURE,
+        "copy.deepcopy(layer).float() if narrow or seen.hidden.dtype.itemsize < 4 else layer", "layer",
+        _TEST_LAYER + "test_an_interleaved_rotation_is_told_apart_in_bfloat16",
+    ),
+    Mutant(
+        "T0", "layers that differ in their window share a reading", _STRUCTURE, 'hasattr(layer.self_attn, "config") else []',
+        "False else []", _TEST_PATH + "test_layers_that_differ_in_their_window_alone_are_read_apart",
+    ),
+    Mutant(
+        "T34", "a scale of the MLP's own is lost", _STRUCTURE, "    if [*mlp.parameters(recurse=False),", "    if [] and [",
+        _TEST_PATH + "test_an_mlp_with_numbers_of_its_own_is_called_as_a_module",
+    ),
+    Mutant(
+        "T0", "a cap of the scores is overlooked", _STRUCTURE, "    if caps:\n", "    if False:\n",
+        _TEST_PATH + "test_a_cap_that_no_reading_knows_is_a_reason",
+    ),
+    Mutant(
+        "T0", "hooks that are there are overlooked", _STRUCTURE, "    if strange:\n        raise", "    if False:\n        raise",
+        _TEST_PATH + "test_hooks_on_any_part_run_whenever_they_were_set",
+    ),
+    Mutant(
+        "T0", "hooks that come later are overlooked", _ANNOUNCE, "        if watched(part):\n", "        if False:\n",
+        _TEST_PATH + "test_hooks_on_any_part_run_whenever_they_were_set",
+    ),
+    Mutant(
+        "T0", "what transformers notes outputs with counts as a hook", _ROWS, 'known = "output_capturing_hook"', 'known = "none"',
+        _TEST_PATH + "test_what_transformers_notes_outputs_with_is_no_hook_of_the_users",
+    ),
+    Mutant(
+        "T0", "another part in the place of a norm is passed over", _ANNOUNCE, "if type(part) is not kind:", "if False:",
+        _TEST_PATH + "test_a_part_that_was_exchanged_afterwards_is_called",
+    ),
+    Mutant(
+        "T39", "a norm in another type is computed in the type of its input", _ANNOUNCE, "part.weight.dtype != dtype:", "False:",
+        _TEST_PATH + "test_norms_cast_to_float32_afterwards_act_as_the_originals",
+    ),
+    Mutant(
+        "T0", "a cache that is asked for is not made", _ROWS, ' and call.get("use_cache") is not True', "",
+        _TEST_PATH + "test_a_cache_that_is_asked_for_in_training_is_given",
+    ),
+    # lazy logits
+    Mutant(
+        "T27", "the loss makes the logits", _LAZY, "    if function is F.cross_entropy:\n", "    if False:\n",
+        _TEST_LAYER + "test_the_loss_of_transformers_makes_no_logits",
+    ),
+    Mutant(
+        "T27", "the factor behind a soft cap is lost", _LAZY, "softcap=float(factor), scale=settings.scale * factor)",
+        "softcap=float(factor))", _TEST_LAYER + "test_fused_and_plain_agree[gemma2-plain]",
+    ),
+    Mutant(
+        "T0", "what is written into logits is lost", _LAZY, "                    kept = self.held = self.settings.of(",
+        "                    kept = self.settings.of(", _TEST_LAYER + "test_what_is_written_into_logits_stays_there",
+    ),
+    Mutant(
+        "T0", "logits are those of a weight that has moved since", _LAZY, "    if _state(weight) != state:\n", "    if False:\n",
+        _TEST_PATH + "test_logits_of_weights_that_have_moved_are_refused",
+    ),
+    Mutant(
+        "T0", "the optimizer writes without a word", "halfbyte/optim/adamw.py", "            torch.autograd.graph.increment_version(",
+        "            list(", _TEST_PATH + "test_logits_of_weights_that_have_moved_are_refused",
+    ),
+    # memory and devices
+    Mutant(
+        "T0", "freed memory goes back at once", _DEVICES, "                self.library.mallopt(*setting)\n", "                pass\n",
+        _TEST_DEVICES + "test_freed_memory_is_kept",
+    ),
+    Mutant(
+        "T0", "kept memory grows without a bound", _DEVICES, "        self.library.malloc_trim(0)\n", "        pass\n",
+        _TEST_DEVICES + "test_kept_memory_is_bounded",
+    ),
+    Mutant(
+        "T0", "a GPU that is not there becomes the CPU", _DEVICES,
+        '    if choice == "cuda" and not torch.cuda.is_available():\n        raise', "    if False:\n        raise",
+        _TEST_DEVICES + "test_a_gpu_that_is_not_there_is_refused",
     ),
 ]
