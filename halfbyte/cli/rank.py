@@ -8,47 +8,52 @@ import typer
 from halfbyte.cli.options import AllowDownload, ForceBase
 from halfbyte.cli.train import split_settings
 
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG.yaml] [key=value]...",
+        show_default=False,
+        help="Settings of the run that is planned, as `halfbyte train` takes them: targets, alpha, learning rate, epochs.",
+    ),
+]
+Model = Annotated[str | None, typer.Option("--model", metavar="M", help="Base: starter, a folder, a GGUF file or a Hub id.")]
+Data = Annotated[str | None, typer.Option("--data", metavar="FILE", help="Rows to train on; with --adapter, rows to judge it by.")]
+Method = Annotated[str | None, typer.Option("--method", metavar="qlora|lora", help="What is trained.")]
+Stages = Annotated[str, typer.Option("--stages", metavar="NAMES", help="What to measure, the cheapest first.")]
+Task = Annotated[str, typer.Option("--task", metavar="NAME", help="What the rows teach: reinforcement, style, instructions, knowledge.")]
+Rows = Annotated[int, typer.Option("--rows", metavar="N", help="Rows for capacity and gradient.")]
+ProbeRank = Annotated[int, typer.Option("--probe-rank", metavar="R", help="Rank of the probe run.")]
+ProbeSteps = Annotated[
+    int | None, typer.Option("--probe-steps", metavar="N", help="Steps of the probe; else a tenth of the run, at least 30.")
+]
+Modules = Annotated[bool, typer.Option("--modules", help="Print ranks of single modules, ready for a settings file.")]
+Adapter = Annotated[Path | None, typer.Option("--adapter", metavar="RUN", help="A run or adapter folder: show what rank it uses.")]
+Truncate = Annotated[int | None, typer.Option("--truncate", metavar="R", help="With --adapter: make an adapter of this rank.")]
+Joint = Annotated[bool, typer.Option("--joint", help="With --truncate: the same parameters, given to the modules that need them.")]
+To = Annotated[Path | None, typer.Option("--to", metavar="FOLDER", help="New folder for the truncated adapter.")]
+MaxRows = Annotated[int | None, typer.Option("--max-rows", metavar="N", help="With --adapter: only the first N rows of --data.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
 
 def rank(
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[CONFIG.yaml] [key=value]...",
-            show_default=False,
-            help="Settings of the run that is planned, as `halfbyte train` takes them: targets, alpha, learning rate, epochs.",
-        ),
-    ] = None,
-    model: Annotated[str | None, typer.Option("--model", metavar="M", help="Base: starter, a folder, a GGUF file or a Hub id.")] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="FILE", help="Rows to train on; with --adapter, rows to judge it by.")
-    ] = None,
-    method: Annotated[str | None, typer.Option("--method", metavar="qlora|lora", help="What is trained.")] = None,
-    stages: Annotated[
-        str, typer.Option("--stages", metavar="NAMES", help="What to measure, the cheapest first.")
-    ] = "capacity,gradient,probe",
-    task: Annotated[
-        str, typer.Option("--task", metavar="NAME", help="What the rows teach: reinforcement, style, instructions, knowledge.")
-    ] = "instructions",
-    rows: Annotated[int, typer.Option("--rows", metavar="N", help="Rows for capacity and gradient.")] = 256,
-    probe_rank: Annotated[int, typer.Option("--probe-rank", metavar="R", help="Rank of the probe run.")] = 64,
-    probe_steps: Annotated[
-        int | None, typer.Option("--probe-steps", metavar="N", help="Steps of the probe; else a tenth of the run, at least 30.")
-    ] = None,
-    modules: Annotated[bool, typer.Option("--modules", help="Print ranks of single modules, ready for a settings file.")] = False,
-    adapter: Annotated[
-        Path | None, typer.Option("--adapter", metavar="RUN", help="A run or adapter folder: show what rank it uses.")
-    ] = None,
-    truncate: Annotated[int | None, typer.Option("--truncate", metavar="R", help="With --adapter: make an adapter of this rank.")] = None,
-    joint: Annotated[
-        bool, typer.Option("--joint", help="With --truncate: the same parameters, given to the modules that need them.")
-    ] = False,
-    to: Annotated[Path | None, typer.Option("--to", metavar="FOLDER", help="New folder for the truncated adapter.")] = None,
-    max_rows: Annotated[
-        int | None, typer.Option("--max-rows", metavar="N", help="With --adapter: only the first N rows of --data.")
-    ] = None,
+    settings: Settings = None,
+    model: Model = None,
+    data: Data = None,
+    method: Method = None,
+    stages: Stages = "capacity,gradient,probe",
+    task: Task = "instructions",
+    rows: Rows = 256,
+    probe_rank: ProbeRank = 64,
+    probe_steps: ProbeSteps = None,
+    modules: Modules = False,
+    adapter: Adapter = None,
+    truncate: Truncate = None,
+    joint: Joint = False,
+    to: To = None,
+    max_rows: MaxRows = None,
     allow_download: AllowDownload = False,
     force_base: ForceBase = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Recommend a rank for a model and rows, from measurements on them; or look at a trained adapter and make it smaller.
 

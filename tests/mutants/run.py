@@ -21,7 +21,7 @@ from tests.mutants.mutant import Mutant
 from tests.mutants.traps import ABSENT, TITLES
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("halfbyte", "tests", "pyproject.toml", "examples", "docs")
+COPIED = ("halfbyte", "tests", "benchmarks", "pyproject.toml", "examples", "docs")
 
 
 def collect() -> list[Mutant]:
