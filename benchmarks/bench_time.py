@@ -24,7 +24,9 @@ from typing import Any
 from benchmarks import record
 from benchmarks.bench_train import code_digest
 
-SMALL = {"hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 6, "num_key_value_heads": 2}
+SMALL: dict[str, Any] = {
+    "hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 6, "num_key_value_heads": 2,
+}  # fmt: skip
 VOCABULARY = 49152
 BASE: dict[str, Any] = {
     "model": "starter", "method": "qlora", "rank": 16, "shortest": 64, "longest": 256, "micro_batch_size": 4, "global_batch_size": 8,
