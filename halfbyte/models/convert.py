@@ -27,7 +27,7 @@ def convert_gguf(gguf: Path, made: Path) -> None:
         with quiet(), plain_exceptions():
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **options)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (ValueError, KeyError, NotImplementedError, RuntimeError, ImportError) as fault:
+    except (ValueError, TypeError, KeyError, NotImplementedError, RuntimeError, ImportError) as fault:
         raise ModelError(
             "this GGUF file holds a model that cannot be converted", code="E-MODEL-021", place=gguf.name,
             found=f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}", remedy="use the model's safetensors folder instead",

@@ -28,6 +28,7 @@ from halfbyte.formats.safetensors_io import TensorInfo
 from halfbyte.log import logger
 from halfbyte.models import folder_checks, rope
 from halfbyte.models.packed_folder import packed_layers, require_agreement, storage_of
+from halfbyte.models.packed_values import require_values
 from halfbyte.models.quantizer import LoadConfig, wrong_shape
 from halfbyte.models.source import Source, resolve
 from halfbyte.models.transformers_calls import plain_exceptions, quiet
@@ -83,6 +84,8 @@ def load_model(
             found=f"{type(model).__name__} has none of the known kinds", expected="linear layers or fused experts",
             remedy="use the model without quantization: --quant none, method=lora", nothing_done="Nothing was loaded.",
         )  # fmt: skip
+    if packing is not None:
+        require_values(model, packing.report.written, folder)
     _check_finite(model)
     rope.restore(model)
     return model
@@ -122,8 +125,9 @@ def _from_pretrained(
     folder: Path, config: PretrainedConfig, task: str, dtype: torch.dtype, attention: str, packing: LoadConfig | None
 ) -> PreTrainedModel:
     kind = _MAPPINGS[task][type(config)]
-    if attention == "sdpa" and not kind._supports_sdpa:
-        logger().info("%s has no fused attention in transformers; the eager one is used", kind.__name__)
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None  # 5.17 and 5.20 drop the cap without a word
+    if attention == "sdpa" and (capped or not kind._supports_sdpa):
+        logger().info("%s has no fused attention that computes all of it; the eager one is used", kind.__name__)
         attention = "eager"
     options: dict[str, Any] = {}
     if packing is not None and packing.stored:

@@ -3,6 +3,8 @@
     file -> one tensor at a time -> [fusion of experts] -> QuantizeArriving.convert -> packed bytes + scales on the module
 
 Before the weights arrive, every layer to be quantized is replaced on the meta device by an empty QuantLinear or QuantExperts.
+What waits there for a dense weight says that it is of the layer's own dtype: transformers may cast a tensor to the dtype of what waits
+for it before it is packed (5.17 to 5.22 do), and cast to bytes every weight below one is zero.
 Which layers (T56): matrices inside the backbone.  Left as they are, whatever the user adds: output and classification heads,
 routers, embeddings, and layers whose owner reads their raw weight.  A user's list is added to these, never put in their place.
 
@@ -43,6 +45,7 @@ class Report:
 
     fault       the first error of a conversion; transformers would turn it into text
     quantized   names of the layers that are packed
+    written     names of the weights that got their packed values
     transposed  those that keep (in, out) in the file
     renaming    transformers' conversions between the names and layouts of the file and those of the model, for writing it back
     """
@@ -50,6 +53,7 @@ class Report:
     def __init__(self) -> None:
         self.fault: HalfbyteError | None = None
         self.quantized: list[str] = []
+        self.written: set[str] = set()
         self.transposed: set[str] = set()
         self.renaming: list[WeightTransform] = []
 
@@ -96,6 +100,7 @@ class QuantizeArriving(ConversionOps):
             assert isinstance(tensor, torch.Tensor)
             try:
                 made.update(_packed(model, name, tensor, self.config))
+                self.config.report.written.add(name)
             except HalfbyteError as fault:
                 self.config.report.fault = self.config.report.fault or fault
                 raise
@@ -105,6 +110,12 @@ class QuantizeArriving(ConversionOps):
 def _packed(model: nn.Module, name: str, tensor: torch.Tensor, config: LoadConfig) -> dict[str, torch.Tensor]:
     prefix = name.rpartition(".")[0]
     module = model.get_submodule(prefix)
+    if not tensor.is_floating_point():
+        raise WeightError(
+            "a weight that is to be packed must arrive as real numbers", code="E-WEIGHT-056", place=f"tensor {name}",
+            found=str(tensor.dtype).removeprefix("torch."), expected="a floating-point dtype",
+            remedy="the file holds whole numbers, or this version of transformers cast them; load without quantization: --quant none",
+        )  # fmt: skip
     if isinstance(module, QuantExperts):
         return _packed_experts(module, prefix, name.rpartition(".")[2], tensor)
     assert isinstance(module, QuantLinear)
@@ -159,6 +170,7 @@ class ReadPacked(ConversionOps):
             stored, state = bnb4bit.from_named_tensors(full_layer_name, named, dtype=module.dtype)
             if state.shape != (module.out_features, module.in_features):
                 raise wrong_shape(full_layer_name, state.shape, (module.out_features, module.in_features))
+            config.report.written.add(full_layer_name)
             return _filled(module, prefix, stored, state)
         except HalfbyteError as fault:
             config.report.fault = config.report.fault or fault
@@ -179,7 +191,8 @@ class Quantizer(HfQuantizer):
             old = model.get_submodule(name)
             if is_conv1d(old):
                 config.report.transposed.add(name)
-            surgery.replace(model, name, _empty(old, config))
+            made = _empty(old, config)
+            surgery.replace(model, name, made if config.stored else awaiting_values(made))
         config.report.quantized = names
         return model
 
@@ -197,7 +210,9 @@ class Quantizer(HfQuantizer):
         return isinstance(module, QuantLinear) and last in STATE_BUFFERS
 
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
-        return float(param.element_size())
+        module, last = get_module_from_name(model, param_name)
+        waits = isinstance(module, (QuantLinear, QuantExperts)) and last in _dense_names(module)
+        return 1.0 if waits else float(param.element_size())  # a packed element is a byte, whatever waits for it
 
     def get_quantize_ops(self) -> ConversionOps:
         return QuantizeArriving(self.quantization_config)
@@ -233,6 +248,19 @@ def _empty(old: nn.Module, config: LoadConfig) -> nn.Module:
         columns, rows, bias=getattr(old, "bias", None) is not None, format=config.format, blocksize=config.blocksize,
         double_quant=config.double_quant, dtype=old.get_parameter("weight").dtype, device="meta",
     )  # fmt: skip
+
+
+def _dense_names(module: QuantLinear | QuantExperts) -> list[str]:
+    """The buffers under whose names dense weights arrive."""
+    return list(module.shapes) if isinstance(module, QuantExperts) else ["weight"]
+
+
+def awaiting_values(module: nn.Module) -> nn.Module:
+    """`module`, an empty packed layer, with the layer's own dtype where a dense weight will arrive; loading puts the bytes there."""
+    assert isinstance(module, (QuantLinear, QuantExperts))
+    for name in _dense_names(module):
+        module.register_buffer(name, module.get_buffer(name).to(module.dtype))
+    return module
 
 
 # -- which layers -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Run `python -m tests.models.test_models_bad_input` to write the golden file anew
 """
 
 import json
+import re
 import shutil
 import struct
 import tempfile
@@ -349,7 +350,9 @@ def block_of(name: str, folder: Path) -> dict[str, object]:
     write_folder(folder)
     with pytest.raises(HalfbyteError) as caught:
         CASES[name](folder)
-    return {"exit_code": caught.value.exit_code, "text": str(caught.value).replace(str(folder), "MODEL").replace(folder.name, "MODEL")}
+    text = str(caught.value).replace(str(folder), "MODEL").replace(folder.name, "MODEL")
+    text = re.sub(r"one of \d+ types", "one of N types", text)  # how many there are says the version of transformers
+    return {"exit_code": caught.value.exit_code, "text": text}
 
 
 @pytest.mark.parametrize("name", sorted(CASES))

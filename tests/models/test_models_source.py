@@ -40,12 +40,13 @@ def write_gguf(path: Path) -> None:
     writer.add_rope_dimension_count(16)
     writer.add_vocab_size(config.vocab_size)
     tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)  # type: ignore[arg-type]
-    tokens += ["ab", *(f"<unused{number}>" for number in range(config.vocab_size - len(tokens) - 1))]
+    merged = ["ab", "abc"]
+    tokens += [*merged, *(f"<unused{number}>" for number in range(config.vocab_size - len(tokens) - len(merged)))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
     writer.add_token_types([3 if number < 3 else 1 for number in range(len(tokens))])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "ab c"])  # two: a list of one is a plain text to older versions of transformers
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)

@@ -7,6 +7,7 @@ _GENERATE, _TEST_GENERATE = "halfbyte/models/generate.py", "tests/models/test_mo
 _MODES = "halfbyte/models/modes.py"
 _ROPE, _TEST_LOAD = "halfbyte/models/rope.py", "tests/models/test_models_load.py::"
 _QUANTIZER = "halfbyte/models/quantizer.py"
+_VALUES, _TEST_VALUES = "halfbyte/models/packed_values.py", "tests/models/test_models_packed_values.py::"
 _SAVE, _TEST_SAVE = "halfbyte/models/save.py", "tests/models/test_models_save.py::"
 _LAYER, _TEST_LAYER = "halfbyte/models/decoder_layer.py", "tests/models/test_models_decoder_layer.py::"
 _ANNOUNCE, _TEST_PATH = "halfbyte/models/announce.py", "tests/models/test_models_own_path.py::"
@@ -58,6 +59,32 @@ MUTANTS = [
     Mutant(
         "T56", "a router is packed", _QUANTIZER, "    if _ROUTER_WORDS & set(name.split(\".\")):\n        return True\n", "",
         _TEST_LOAD + "test_what_is_packed_is_the_golden_list[qwen2_moe]",
+    ),
+    Mutant(
+        "T56", "nobody asks whether packed layers got their values", "halfbyte/models/load.py",
+        "        require_values(model, packing.report.written, folder)\n", "        pass\n",
+        _TEST_VALUES + "test_values_lost_on_the_way_stop_the_load",
+    ),
+    Mutant(
+        "T56", "scales that are all zero pass", _VALUES,
+        "        if not any(torch.any(plain_absmax(state))", "        if False and any(torch.any(plain_absmax(state))",
+        _TEST_VALUES + "test_zero_scales_of_experts_are_found",
+    ),
+    Mutant(
+        "T56", "a layer that is zero in its file is refused", _VALUES, " and not _zero_in_file(name, model, folder):", ":",
+        _TEST_VALUES + "test_a_layer_of_zeros_in_the_file_loads",
+    ),
+    Mutant(
+        "T56", "a layer that nobody wrote passes", _VALUES, "if name not in written or", "if",
+        _TEST_VALUES + "test_a_weight_that_nobody_wrote_is_named",
+    ),
+    Mutant(
+        "T56", "bytes are packed as if they were weights", _QUANTIZER, "    if not tensor.is_floating_point():\n", "    if False:\n",
+        _TEST_VALUES + "test_bytes_that_arrive_in_the_place_of_numbers_are_refused",
+    ),
+    Mutant(
+        "T56", "what waits for a dense weight has the dtype of bytes", _QUANTIZER, "module.get_buffer(name).to(module.dtype)",
+        "module.get_buffer(name)", _TEST_VALUES + "test_what_waits_for_a_dense_weight_has_its_dtype",
     ),
     Mutant(
         "T56", "a layer whose raw weight is read is packed", _QUANTIZER, '        return "raw weight is read by its owner"\n',
