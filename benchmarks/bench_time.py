@@ -85,7 +85,7 @@ def measure(setting: dict[str, Any], folder: str) -> dict[str, Any]:
     """Seconds of each counted step in this process."""
     import torch
 
-    from halfbyte import devices
+    from halfbyte import devices, host
     from halfbyte.data.batches import Batches
     from halfbyte.data.packing import pack
     from halfbyte.data.tokenize import IGNORED, Example
@@ -95,7 +95,7 @@ def measure(setting: dict[str, Any], folder: str) -> dict[str, Any]:
     from halfbyte.optim.adamw import AdamW
     from halfbyte.train.step import train_step
 
-    devices.set_threads(devices.usable_cores())
+    devices.set_threads(host.usable_cores())
     made = assemble(run_config(setting, folder))
     use_policy(made.model, setting["policy"])
     freed = devices.FreedMemory() if setting["packing"] else None

@@ -45,9 +45,10 @@ def peaks(device: str) -> dict[str, float]:
             "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
             "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
         }
-    from halfbyte import devices
 
-    return {"peak_gib": round(devices.peak_rss_bytes() / GIB, 3)}
+    from halfbyte import host
+
+    return {"peak_gib": round(host.peak_rss_bytes() / GIB, 3)}
 
 
 class Trainee:

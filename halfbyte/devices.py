@@ -1,49 +1,16 @@
-"""What this machine has: processor, memory, accelerators; how much memory this process uses; process-wide torch switches.
+"""What this machine computes with: processor and accelerators as PyTorch sees them; process-wide torch switches.
 
-Resident memory (RSS) counts pages of memory-mapped files, which the system may drop at any time; anonymous memory (RssAnon) counts only
-what the program itself allocated.  A model file that is mapped and read shows in the first and not in the second, so load peaks are
-stated as RssAnon and whole runs as peak RSS.
-
-torch is imported inside the functions that need it: asking for memory figures starts nothing.
-Source of the fields: https://man7.org/linux/man-pages/man5/proc_pid_status.5.html
+torch is imported inside the functions that need it.  What needs no torch is in host.py.
 """
 
 import ctypes
 import os
 import platform
-import resource
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
-
-import psutil
 
 from halfbyte.errors import EnvironmentFault
-
-_WATCHED_FLAGS = (
-    "sse4_2",
-    "avx",
-    "avx2",
-    "fma",
-    "f16c",
-    "avx512f",
-    "avx512bw",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_tile",
-    "amx_bf16",
-    "amx_int8",
-    "asimd",
-    "bf16",
-    "sve",
-    "i8mm",
-)
-
-
-CONTROL_GROUP = Path("/sys/fs/cgroup")
-NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
-"""Instruction sets that multiply bfloat16."""
+from halfbyte.host import memory_bytes, processor, rss_anon_bytes, usable_cores
 
 
 @dataclass(frozen=True)
@@ -75,73 +42,11 @@ class Machine:
         return asdict(self)
 
 
-def usable_cores() -> int:
-    """Cores this process may run on, limits of containers and `taskset` included where the system tells."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_quota()
-    return max(1, min(count, quota)) if quota else count
-
-
-def _cgroup_quota() -> int | None:
-    """Whole cores granted by a control group (v2), rounded up; None where there is no limit."""
-    path = Path("/sys/fs/cgroup/cpu.max")
-    if not path.is_file():
-        return None
-    quota, _, period = path.read_text().strip().partition(" ")
-    return None if quota == "max" else -(-int(quota) // int(period or 100_000))
-
-
-def memory_bytes() -> tuple[int, int]:
-    """(total, available) bytes of main memory, the smaller of the machine's and the control group's limit.
-
-    Pages of files that the system keeps for the group count as available: it drops them when memory is asked for.
-    """
-    seen = psutil.virtual_memory()
-    total, available = int(seen.total), int(seen.available)
-    limit, used = CONTROL_GROUP / "memory.max", CONTROL_GROUP / "memory.current"
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-        total = min(total, int(text))
-        held = int(used.read_text()) - _file_pages(CONTROL_GROUP / "memory.stat")
-        available = min(available, max(0, int(text) - held))
-    return total, available
-
-
-def _file_pages(path: Path) -> int:
-    """Bytes of file pages in a control group's memory.stat; 0 where there is none."""
-    if not path.is_file():
-        return 0
-    fields = dict(line.split() for line in path.read_text().splitlines() if len(line.split()) == 2)
-    return sum(int(fields.get(name, 0)) for name in ("inactive_file", "active_file"))
-
-
-def _cpu() -> tuple[str, tuple[str, ...]]:
-    """(model name, watched instruction sets) from /proc/cpuinfo; the platform's word for it elsewhere."""
-    path = Path("/proc/cpuinfo")
-    if not path.is_file():
-        return platform.processor() or platform.machine(), ()
-    fields: dict[str, str] = {}
-    for line in path.read_text(errors="replace").splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    flags = set((fields.get("flags") or fields.get("Features") or "").split())
-    return fields.get("model name") or platform.machine(), tuple(flag for flag in _WATCHED_FLAGS if flag in flags)
-
-
-def processor() -> tuple[str, tuple[str, ...]]:
-    """(name of the processor, its instruction sets that matter here)."""
-    return _cpu()
-
-
-def native_bf16() -> str:
-    """The instruction set with which this processor multiplies bfloat16; empty where it has none."""
-    return next((flag for flag in _cpu()[1] if flag in NATIVE_BF16), "")
-
-
 def describe() -> Machine:
     """Look at this machine once; asks torch for accelerators without starting a device context where there is none."""
     import torch
 
-    name, isa = _cpu()
+    name, isa = processor()
     total, available = memory_bytes()
     gpus: list[Gpu] = []
     dtypes = ["float32", "bfloat16"]
@@ -162,36 +67,6 @@ def describe() -> Machine:
         dtypes=tuple(dtypes),
         torch_threads=torch.get_num_threads(),
     )
-
-
-def rss_bytes() -> int:
-    """Resident memory of this process now, mapped files included."""
-    return int(psutil.Process().memory_info().rss)
-
-
-def rss_anon_bytes() -> int:
-    """Anonymous resident memory of this process now; all resident memory where the system does not tell them apart."""
-    return _status_bytes("RssAnon") or rss_bytes()
-
-
-def peak_rss_bytes() -> int:
-    """The most resident memory this process has had since it began."""
-    seen = _status_bytes("VmHWM")
-    if seen:
-        return seen
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _status_bytes(field: str) -> int:
-    """A field of /proc/self/status in bytes; 0 where there is no such file or field."""
-    path = Path("/proc/self/status")
-    if not path.is_file():
-        return 0
-    for line in path.read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def compute_device(choice: str = "auto") -> str:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from halfbyte import devices
+from halfbyte import devices, host
 from halfbyte.errors import EnvironmentFault
 
 
@@ -27,13 +27,13 @@ def test_describe_names_this_machine() -> None:
 
 
 def test_memory_figures_follow_an_allocation() -> None:
-    before_anon, before_rss = devices.rss_anon_bytes(), devices.rss_bytes()
+    before_anon, before_rss = host.rss_anon_bytes(), host.rss_bytes()
     block = mmap.mmap(-1, 64 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # fresh pages, whatever the allocator has kept
     for page in range(0, len(block), mmap.PAGESIZE):
         block[page] = 1
-    assert devices.rss_anon_bytes() - before_anon > 60 * 2**20
-    assert devices.rss_bytes() - before_rss > 60 * 2**20
-    assert devices.peak_rss_bytes() >= before_rss + 60 * 2**20
+    assert host.rss_anon_bytes() - before_anon > 60 * 2**20
+    assert host.rss_bytes() - before_rss > 60 * 2**20
+    assert host.peak_rss_bytes() >= before_rss + 60 * 2**20
     block.close()
 
 
@@ -52,14 +52,14 @@ def test_versions_are_those_installed() -> None:
 
 
 def test_memory_figures_need_no_torch() -> None:
-    code = "import sys; from halfbyte import devices; devices.rss_anon_bytes(); devices.peak_rss_bytes(); sys.exit('torch' in sys.modules)"
+    code = "import sys; from halfbyte import host; host.rss_anon_bytes(); host.peak_rss_bytes(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def freed_memory(program: str) -> list[float]:
     """What a program printed that counts page faults, in a process of its own, for the setting stays."""
     begin = (
-        "import resource, torch; from halfbyte import devices\n"
+        "import resource, torch; from halfbyte import devices, host\n"
         "def faults(sizes):\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt; blocks = [torch.empty(int(n * 2**18)).fill_(1) for n in sizes]\n"
         "    del blocks; return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
@@ -82,7 +82,7 @@ def test_kept_memory_is_bounded() -> None:
         "import random; random.seed(0); freed = devices.FreedMemory(); seen = []; held = []\n"
         "for step in range(40):\n"
         "    faults([random.uniform(8, 24) for _ in range(8)]); held.append(torch.empty(3000).fill_(1)); freed.bound()\n"
-        "    seen.append(devices.rss_anon_bytes())\n"
+        "    seen.append(host.rss_anon_bytes())\n"
         "print(max(seen) / seen[0])"
     )
     assert freed_memory(loop)[0] < 1.6
@@ -98,13 +98,13 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 
 def test_a_control_groups_limit_counts_and_its_file_pages_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A container that has read a large model file is not out of memory: the pages of the file go when others are asked for."""
-    monkeypatch.setattr(devices, "CONTROL_GROUP", tmp_path)
-    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: SimpleNamespace(total=64 << 30, available=60 << 30))
-    assert devices.memory_bytes() == (64 << 30, 60 << 30)
+    monkeypatch.setattr(host, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(host.psutil, "virtual_memory", lambda: SimpleNamespace(total=64 << 30, available=60 << 30))
+    assert host.memory_bytes() == (64 << 30, 60 << 30)
     (tmp_path / "memory.max").write_text(f"{8 << 30}\n")
     (tmp_path / "memory.current").write_text(f"{7 << 30}\n")
-    assert devices.memory_bytes() == (8 << 30, 1 << 30)
+    assert host.memory_bytes() == (8 << 30, 1 << 30)
     (tmp_path / "memory.stat").write_text(f"anon {1 << 30}\nfile {6 << 30}\ninactive_file {4 << 30}\nactive_file {1 << 30}\n")
-    assert devices.memory_bytes() == (8 << 30, 6 << 30)
+    assert host.memory_bytes() == (8 << 30, 6 << 30)
     (tmp_path / "memory.max").write_text("max\n")
-    assert devices.memory_bytes() == (64 << 30, 60 << 30)
+    assert host.memory_bytes() == (64 << 30, 60 << 30)

@@ -16,27 +16,21 @@ llvmlite alone.  (2) Its threads would stand beside torch's, which wait by spinn
 OpenMP library that torch has loaded, so it runs on the very threads that ran the matrix product before it.  Where there is no such
 library (it is looked for under Linux) plain threads share the rows.
 
-Object code is code: the cache folder is used only where it belongs to this user and nobody else can write to it, and a file only with
-its checksum (docs/threat-model.md).  Sources: https://numba.readthedocs.io, https://llvmlite.readthedocs.io
+Where the code is kept and when it is trusted: object_code.py.  Sources: https://numba.readthedocs.io, https://llvmlite.readthedocs.io
 """
 
 import ctypes
-import hashlib
-import os
 import re
-import shutil
 import struct
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 
-from halfbyte import env
+from halfbyte.kernels.object_code import load_object
 
 TYPES = {
     "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64,
@@ -49,7 +43,6 @@ _CALLS = re.compile(r"^declare .*?@(?!llvm\.)\"?([\w.]+)", re.MULTILINE)
 _DEFINED = re.compile(r'^define .*?@("[^"]+"|[\w.$]+)\(', re.MULTILINE)
 MATHS = frozenset({"memcpy", "memset", "memmove", "expf", "exp", "logf", "log", "sqrtf", "sqrt", "tanhf", "tanh", "powf", "fmodf"})
 Function = TypeVar("Function", bound=Callable[..., Any])
-KEPT_VERSIONS = 8  # of the object code, the newest: each change of a source, version or processor makes another
 SMALL = 1 << 14  # elements: below it waking a second thread costs more than it saves
 
 _inlined: list[tuple[Callable[..., Any], set[str] | bool]] = []
@@ -136,7 +129,7 @@ class Native:
     def _build(self, kind: str) -> tuple[int, Any]:
         if kind and kind not in self.types:
             raise TypeError(f"{self.name} is not made for {kind}, but for {', '.join(self.types)}")
-        return _load_object(f"{self.name}.{kind}" if kind else self.name, lambda: self._compile(kind))
+        return load_object(f"{self.name}.{kind}" if kind else self.name, lambda: self._compile(kind))
 
     def _compile(self, kind: str) -> str:
         """The kernel's optimized LLVM assembly with its two doors."""
@@ -343,99 +336,3 @@ def _teach_numba() -> None:
         # said for each: numba would hand the calling kernel's flags down, and reordering undoes the rounding steps of `exp`
         register_jitable(fastmath=flags)(function)
     _taught = len(_inlined)
-
-
-# ---- object code, in memory and on disk
-
-
-@cache
-def processor() -> tuple[str, str]:
-    """(name, features) that code is made for: this machine's, or what NUMBA_CPU_NAME and NUMBA_CPU_FEATURES say instead."""
-    from llvmlite import binding
-
-    name, features = env.numba_processor()
-    return name or binding.get_host_cpu_name(), features if features or name else binding.get_host_cpu_features().flatten()
-
-
-@cache
-def _engine() -> tuple[Any, Any]:
-    from llvmlite import binding
-
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    name, features = processor()
-    target = binding.Target.from_default_triple()
-    machine = target.create_target_machine(cpu=name, features=features, opt=3, jit=True, codemodel="jitdefault")
-    return binding, machine
-
-
-_kept: list[Any] = []
-_lock = threading.Lock()
-
-
-def _load_object(name: str, assembly: Callable[[], str]) -> tuple[int, Any]:
-    """(address of `share`, callable `range`) of a kernel, from the cache folder or compiled now."""
-    with _lock:
-        binding, machine = _engine()
-        folder = _folder()
-        path = None if folder is None else folder / f"{name}.o"
-        code = _read(path)
-        if code is None:
-            module = binding.parse_assembly(assembly())
-            module.verify()
-            code = machine.emit_object(module)
-            _write(path, code)
-        engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
-        engine.add_object_file(binding.ObjectFileRef.from_data(code))
-        engine.finalize_object()
-        _kept.append(engine)
-        kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-        return engine.get_function_address("halfbyte_share"), kind(engine.get_function_address("halfbyte_range"))
-
-
-@cache
-def _folder() -> Path | None:
-    """Where object code is kept; None where the folder cannot be made or is not this user's alone."""
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(source.read_bytes())
-    for package in ("numba", "llvmlite"):
-        digest.update(metadata.version(package).encode())
-    digest.update("|".join(processor()).encode())
-    folder = env.cache_dir() / "kernels" / digest.hexdigest()[:16]
-    try:
-        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not folder.exists():
-            folder.mkdir(mode=0o700, exist_ok=True)
-            others = sorted((path for path in folder.parent.iterdir() if path != folder), key=lambda path: path.stat().st_mtime)
-            for old in others[: 1 - KEPT_VERSIONS]:
-                shutil.rmtree(old, ignore_errors=True)
-        for place in (folder, folder.parent):
-            seen = place.stat()
-            if hasattr(os, "getuid") and (seen.st_uid != os.getuid() or seen.st_mode & 0o022):
-                return None
-    except OSError:
-        return None
-    return folder
-
-
-def _read(path: Path | None) -> bytes | None:
-    """The object code behind its checksum; None where there is none or it was changed."""
-    try:
-        content = b"" if path is None else path.read_bytes()
-    except OSError:  # none yet, or another process has just removed the folder
-        return None
-    return content[32:] if hashlib.sha256(content[32:]).digest() == content[:32] else None
-
-
-def _write(path: Path | None, code: bytes) -> None:
-    """Whole or not at all; a full disk or a folder that is gone only means that the next process compiles again."""
-    if path is None:
-        return
-    fresh = path.with_suffix(f".{os.getpid()}")
-    try:
-        fresh.write_bytes(hashlib.sha256(code).digest() + code)
-        os.replace(fresh, path)
-    except OSError:
-        with suppress(OSError):  # a file system that nobody can write to refuses this too
-            fresh.unlink(missing_ok=True)

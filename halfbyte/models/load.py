@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from halfbyte import devices
+from halfbyte import host
 from halfbyte.config.quant import QuantConfig
 from halfbyte.errors import ConfigError, ModelError, UnsupportedError, WeightError
 from halfbyte.formats import bnb4bit
@@ -50,7 +50,7 @@ def choose_dtype(dtype: str = "auto") -> tuple[torch.dtype, str]:
         return DTYPES[dtype], "asked for"
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
         return torch.bfloat16, "the GPU computes bfloat16"
-    native = devices.native_bf16()
+    native = host.native_bf16()
     if native:
         return torch.bfloat16, f"this processor multiplies bfloat16 natively ({native})"
     return torch.float32, "this processor has no native bfloat16"

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte import devices
+from halfbyte import host
 from halfbyte.data.lengths import Lengths, lengths
 from halfbyte.errors import ConfigError
 from halfbyte.plan.activations import own_layers
@@ -65,7 +65,7 @@ def shape_of(name: str) -> tuple[ModelShape, Path | None]:
 
 def compute_dtype(hardware: Hardware) -> str:
     """bfloat16 where it is multiplied natively; on a processor without, float32."""
-    return "bfloat16" if hardware.kind == "gpu" or devices.native_bf16() else "float32"
+    return "bfloat16" if hardware.kind == "gpu" or host.native_bf16() else "float32"
 
 
 def row_tokens(shape: ModelShape, asked: int | None, rows: Lengths | None) -> int:

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-from halfbyte import devices
+from halfbyte import host
 from halfbyte.errors import ConfigError, nearest
 
 PROCESSOR = "this machine's processor"
@@ -103,13 +103,13 @@ def this_machine() -> Hardware:
     found = _driver_says()
     if found is not None:
         name, free = found
-        return Hardware(name, "gpu", free, devices.memory_bytes()[1])
+        return Hardware(name, "gpu", free, host.memory_bytes()[1])
     return processor()
 
 
 def processor(own_bytes: int = 0) -> Hardware:
     """This machine's processor with the memory that is free; `own_bytes` this program already holds, which a plan counts as its own."""
-    return Hardware(PROCESSOR, "cpu", devices.memory_bytes()[1] + own_bytes)
+    return Hardware(PROCESSOR, "cpu", host.memory_bytes()[1] + own_bytes)
 
 
 def _driver_says() -> tuple[str, int] | None:

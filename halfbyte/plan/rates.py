@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from halfbyte import devices, env
+from halfbyte import env, host
 from halfbyte.errors import EnvironmentFault, StorageError
 from halfbyte.shape import ModelShape
 
@@ -124,9 +124,9 @@ UPDATES = ("float32", "int8", "master")
 
 def machine() -> dict[str, Any]:
     """What the rates of this machine depend on."""
-    name, instructions = devices.processor()
+    name, instructions = host.processor()
     versions = {package: metadata.version(package) for package in MADE_BY}
-    return {"processor": name, "instructions": list(instructions), "cores": devices.usable_cores(), "versions": versions}
+    return {"processor": name, "instructions": list(instructions), "cores": host.usable_cores(), "versions": versions}
 
 
 def rates_path() -> Path:

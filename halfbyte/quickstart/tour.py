@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte import devices
+from halfbyte import host
 from halfbyte.config import RunConfig, load_config
 from halfbyte.data.tokenize import Example
 from halfbyte.evaluate.prompts import prompt_of
@@ -82,7 +82,7 @@ def run(out: Path, *, seed: int = 0, picture: Path | None = None) -> Outcome:
     rows = [held_out[example.row] for example in examples]
     outcome = Outcome(
         out, exact_match(before, rows), exact_match(after, rows), task.commonest_share(held_out), task.copy_share(held_out),
-        time.monotonic() - began, devices.peak_rss_bytes(), len(train), len(rows), samples(rows, before, after),
+        time.monotonic() - began, host.peak_rss_bytes(), len(train), len(rows), samples(rows, before, after),
     )  # fmt: skip
     write_results(outcome)
     screen.show(outcome, picture)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from halfbyte import devices, redact
+from halfbyte import devices, host, redact
 from halfbyte.config import RunConfig, load_config, to_yaml
 from halfbyte.data.load import load_data
 from halfbyte.errors import HalfbyteError
@@ -49,14 +49,14 @@ def make(config: RunConfig) -> dict[str, Any]:
     """Calibrate as a training run with these settings would; see the top of this module."""
     began = time.monotonic()
     threads = config.train.threads
-    devices.set_threads(devices.usable_cores() if threads == "auto" else threads)
+    devices.set_threads(host.usable_cores() if threads == "auto" else threads)
     source = resolve(config.model.name, revision=config.model.revision, allow_download=config.model.allow_download)
     data = load_data(config.data, load_tokenizer(source), model_limit=token_limit(source), template=config.model.template)
     decided, base = with_calibrated_base(config, source, data)
     assert base is not None  # only settings that calibrate come here
     return {
         "base": str(base.absolute()), "init": decided.lora.init, "seconds": time.monotonic() - began,
-        "peak_memory_bytes": devices.peak_rss_bytes(),
+        "peak_memory_bytes": host.peak_rss_bytes(),
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
-from halfbyte import devices
+from halfbyte import host
 from halfbyte.config.run import RunConfig
 from halfbyte.data.batches import Batch, Batches
 from halfbyte.data.load import TrainData, load_data, require_task
@@ -144,7 +144,7 @@ def measure(config: RunConfig, ask: Ask, data: TrainData, assembled: Assembled) 
             problem, rank=ask.probe_rank, steps=length, recover_steps=math.ceil(RECOVER_SHARE * length), rate=rate_of(config, assembled)
         )  # fmt: skip
         held = held.with_floor(probe.loss) if held is not None else None
-    most = max(1, devices.memory_bytes()[1] // 2 // (TRAINING_BYTES * rank_one)) if problem.device.type == "cpu" else MOST
+    most = max(1, host.memory_bytes()[1] // 2 // (TRAINING_BYTES * rank_one)) if problem.device.type == "cpu" else MOST
     decision = decide(held, gradient, probe, planned_steps=steps, most=min(MOST, most))
     trained = sum(sum(label != -100 for label in example.labels[1:]) for example in data.train)
     per_step = trained / len(data.train) * config.train.global_batch_size

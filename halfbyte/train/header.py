@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from halfbyte import devices
+from halfbyte import host
 from halfbyte.optim.param_groups import describe
 from halfbyte.plan.decide import lines as plan_lines
 from halfbyte.redact import secrets, terminal
@@ -18,7 +18,7 @@ def header_of(training: "Training") -> Header:
     """The header of a run that is about to begin or to go on."""
     config, assembled, data, train = training.config, training.assembled, training.data, training.config.train
     share = assembled.trainable_params / assembled.total_params
-    total, available = devices.memory_bytes()
+    total, available = host.memory_bytes()
     stored = "" if config.quant_format == "none" else f", base in {config.quant_format}"
     packed = f" in {len(training.items):,} packed ones" if config.data.packing else ""
     windows = train.global_batch_size // int(train.micro_batch_size)
@@ -30,7 +30,7 @@ def header_of(training: "Training") -> Header:
         ("optimizer", describe(training.groups)),
         ("data", f"{len(data.train):,} rows to train on{packed}, {len(data.eval):,} held out"),
         ("steps", f"{training.total_steps:,} of {train.global_batch_size} rows ({windows} x {train.micro_batch_size})"),
-        ("memory", f"{bytes_text(devices.rss_bytes())} in use, {bytes_text(available)} of {bytes_text(total)} available"),
+        ("memory", f"{bytes_text(host.rss_bytes())} in use, {bytes_text(available)} of {bytes_text(total)} available"),
         ("folder", str(training.folder.path)),
     ]
     if training.plan is not None:

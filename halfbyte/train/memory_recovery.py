@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from halfbyte import devices
+from halfbyte import host
 from halfbyte.data.batches import Batch
 from halfbyte.errors import DoesNotFitError
 from halfbyte.log import logger
@@ -96,11 +96,11 @@ class MicroBatchSize:
 
 def _does_not_fit(parts: Sequence[Batch], step: int) -> DoesNotFitError:
     longest = max(parts, key=lambda part: part.input_ids.shape[1])
-    total, available = devices.memory_bytes()
+    total, available = host.memory_bytes()
     logger().info("out of memory with one row at a time")
     return DoesNotFitError(
         "one row at a time must fit into memory", code="E-FIT-301", place=f"step {step}, row {longest.rows[0]}",
-        found=f"{longest.input_ids.shape[1]} tokens in the longest row; this process uses {bytes_text(devices.rss_bytes())}",
+        found=f"{longest.input_ids.shape[1]} tokens in the longest row; this process uses {bytes_text(host.rss_bytes())}",
         expected=f"{bytes_text(available)} available of {bytes_text(total)}",
         remedy=f"set data.max_tokens below {longest.input_ids.shape[1]}, or train.activations: recompute, or method: qlora",
         nothing_done="The newest checkpoint is as it was; no row was left out.",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from halfbyte import devices
+from halfbyte import devices, host
 from halfbyte.config import load_config
 from halfbyte.config.rules import value_at
 from halfbyte.config.run import RunConfig
@@ -37,9 +37,9 @@ DECIDED = ("method", "data.max_tokens", "train.micro_batch_size", "train.activat
 def place_of(device: str) -> Hardware:
     """Where this run computes, with the memory that is free there; what this process holds already counts as free on a processor."""
     if devices.compute_device(device) == "cpu":
-        return processor(devices.rss_anon_bytes())
+        return processor(host.rss_anon_bytes())
     free, _ = torch.cuda.mem_get_info()
-    return Hardware(torch.cuda.get_device_name(), "gpu", int(free), devices.memory_bytes()[1])
+    return Hardware(torch.cuda.get_device_name(), "gpu", int(free), host.memory_bytes()[1])
 
 
 def rows_of(data: TrainData) -> RowsSeen:
@@ -90,7 +90,7 @@ def rates_for(decision: Decision, dtype: str) -> Rates | None:
         return None
     found = nearest_rates(decision.shape, dtype, read_all())
     exact = found is not None and found.widths == widths_of(decision.shape)
-    cores = devices.usable_cores()
+    cores = host.usable_cores()
     if exact or operations(decision) < LONG_RUN_SECONDS * OPERATIONS_OF_A_CORE * cores:
         return found
     if os.getloadavg()[0] > BUSY * cores:

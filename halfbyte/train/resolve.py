@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from halfbyte import devices
+from halfbyte import host
 from halfbyte.config.run import RunConfig
 from halfbyte.plan.decide import divisors
 from halfbyte.plan.search import BATCH_TOKENS
@@ -53,7 +53,7 @@ def resolve(config: RunConfig, *, total_params: int, items: int, eval_items: int
     if config.train.save_every_steps == "auto":
         train["save_every_steps"] = every
     if config.train.threads == "auto":
-        train["threads"] = devices.usable_cores()
+        train["threads"] = host.usable_cores()
     optim: dict[str, Any] = {}
     if config.optim.learning_rate == "auto":
         optim["learning_rate"] = learning_rate(config.method, total_params)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from halfbyte import devices
+from halfbyte import devices, host
 from halfbyte.config.run import RunConfig
 from halfbyte.data.batches import Batch, Batches
 from halfbyte.data.load import TrainData
@@ -242,11 +242,11 @@ class Training:
 
     def memory_bytes(self) -> int:
         """Memory in use: the accelerator's where the model is on one, the process's otherwise."""
-        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else devices.rss_bytes()
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else host.rss_bytes()
 
     def peak_memory_bytes(self) -> int:
         """The most of it so far."""
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else devices.peak_rss_bytes()
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else host.peak_rss_bytes()
 
     def seconds(self) -> float:
         """Time of the run: of this process since its first step, and of the steps and evaluations before a resume."""

@@ -1,4 +1,4 @@
-"""kernels/native.py: what kernels are given, where their code is kept, on which threads they run; and the numbers of kernels/scalars.py."""
+"""kernels/native.py and object_code.py: what kernels are given, where code is kept, which threads run it; the numbers of scalars.py."""
 
 import os
 import subprocess
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from halfbyte.kernels import native as machinery
+from halfbyte.kernels import object_code
 from halfbyte.kernels.native import load, native, store
 from halfbyte.kernels.scalars import exp
 
@@ -173,15 +174,15 @@ def test_only_the_newest_versions_are_kept(tmp_path: Path) -> None:
         os.utime(tmp_path / "kernels" / f"old{number:02}", (1000 + number, 1000 + number))
     in_a_process(tmp_path)
     left = sorted(path.name for path in (tmp_path / "kernels").iterdir())
-    assert len(left) == machinery.KEPT_VERSIONS and "old19" in left and "old00" not in left
+    assert len(left) == object_code.KEPT_VERSIONS and "old19" in left and "old00" not in left
 
 
 def test_a_folder_that_goes_away_costs_a_compilation_only(tmp_path: Path) -> None:
     """Another process may be the ninth version; what was not written is made again next time."""
-    machinery._write(tmp_path / "gone" / "kernel.o", b"code")
-    assert machinery._read(tmp_path / "gone" / "kernel.o") is None
-    machinery._write(tmp_path / "kernel.o", b"code")
-    assert machinery._read(tmp_path / "kernel.o") == b"code" and len(list(tmp_path.iterdir())) == 1
+    object_code._write(tmp_path / "gone" / "kernel.o", b"code")
+    assert object_code._read(tmp_path / "gone" / "kernel.o") is None
+    object_code._write(tmp_path / "kernel.o", b"code")
+    assert object_code._read(tmp_path / "kernel.o") == b"code" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_torchs_threads_are_found_below_a_folder_with_blanks() -> None:

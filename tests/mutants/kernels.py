@@ -13,16 +13,17 @@ _CROSS_ENTROPY = "tests/kernels/test_kernels_linear_cross_entropy.py::"
 _BYTES = "tests/quant/test_quant_bitsandbytes.py::test_packed_bytes_and_absmax_equal"
 
 _NATIVE = "halfbyte/kernels/native.py"
+_OBJECT_CODE = "halfbyte/kernels/object_code.py"
 _OF_NATIVE = "tests/kernels/test_kernels_native.py::"
 
 MUTANTS = [
     Mutant(
-        "T0", "object code is used without its checksum", _NATIVE,
+        "T0", "object code is used without its checksum", _OBJECT_CODE,
         "return content[32:] if hashlib.sha256(content[32:]).digest() == content[:32] else None", "return content[32:]",
         _OF_NATIVE + "test_a_second_process_compiles_nothing_and_a_changed_file_is_made_again",
     ),
     Mutant(
-        "T0", "object code of a folder others can write to is used", _NATIVE, "or seen.st_mode & 0o022", "or seen.st_mode & 0",
+        "T0", "object code of a folder others can write to is used", _OBJECT_CODE, "or seen.st_mode & 0o022", "or seen.st_mode & 0",
         _OF_NATIVE + "test_a_folder_others_can_write_to_is_not_used",
     ),
     Mutant(

@@ -97,7 +97,7 @@ def test_an_unknown_card_brings_the_nearest() -> None:
 
 def test_this_machine_without_a_driver_is_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "_driver_says", lambda: None)
-    monkeypatch.setattr(hardware.devices, "memory_bytes", lambda: (8 << 30, 5 << 30))
+    monkeypatch.setattr(hardware.host, "memory_bytes", lambda: (8 << 30, 5 << 30))
     assert hardware.this_machine() == Hardware("this machine's processor", "cpu", 5 << 30)
 
 

@@ -97,8 +97,8 @@ def test_a_family_that_no_plan_knows_is_left_to_loading(stage: Stage, tmp_path: 
 
 
 def test_memory_that_this_program_holds_already_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning.devices, "memory_bytes", lambda: (8 << 30, 5 << 30))
-    monkeypatch.setattr(planning.devices, "rss_anon_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(planning.host, "memory_bytes", lambda: (8 << 30, 5 << 30))
+    monkeypatch.setattr(planning.host, "rss_anon_bytes", lambda: 1 << 30)
     assert planning.place_of("cpu") == Hardware("this machine's processor", "cpu", 6 << 30)
 
 

@@ -41,7 +41,7 @@ def attend_heads(
             score = total * scale
             score = _capped(score, cap) if cap > 0 else score
             scratch[row + j] = score
-            top = score if not (score <= top) else top  # NaN is taken, and stays
+            top = max(top, score)  # a NaN comes back with its own exponential
         whole = np.float32(0)
         for j in range(tokens):
             share = exp_below(scratch[row + j] - top)
