@@ -95,20 +95,21 @@ for _name, _function, _shape, _other in (
 
 
 class _Product(torch.autograd.Function):
-    """The op without the dispatcher: `product` forward and `other` backward, each the backward of the other."""
+    """The op without the dispatcher: `product` forward and `other` backward, each the backward of the other.
+
+    The weight is kept as it is, not as a saved tensor: it is frozen, and a hook that moves saved tensors to the host would move it too.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, product: Any, other: Any, *weight: Any) -> Tensor:
-        packed, absmax, codebook, ctx.blocksize, ctx.shape, ctx.dtype, *nested = weight
-        ctx.save_for_backward(packed, absmax, codebook, *nested)
-        ctx.product, ctx.other, ctx.count = product, other, 3 + len(weight)
+    def forward(ctx: Any, x: Tensor, product: Any, other: Any, weight: tuple[Any, ...]) -> Tensor:
+        ctx.product, ctx.other, ctx.weight = product, other, weight
         return product(x, *weight)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        packed, absmax, codebook, *nested = ctx.saved_tensors
-        weight = (packed, absmax, codebook, ctx.blocksize, ctx.shape, ctx.dtype, *nested)
-        return (_Product.apply(dys[0], ctx.other, ctx.product, *weight), *(None,) * (ctx.count - 1))
+        if torch.is_grad_enabled():  # somebody wants the gradient of this gradient
+            return _Product.apply(dys[0], ctx.other, ctx.product, ctx.weight), None, None, None
+        return ctx.other(dys[0], *ctx.weight), None, None, None
 
 
 def matmul_4bit(
@@ -118,9 +119,8 @@ def matmul_4bit(
     """(..., O) of x's dtype; differentiable in x only.  Raises ValueError where x does not fit or is not floating point."""
     if type(x) is Tensor and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
         # the way through the dispatcher takes a good part of what a small product takes
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _Product.apply(x, _serve, _serve_gradient, packed, absmax, codebook, blocksize, shape, dtype, *(nested or ()))
-        return _serve(x, packed, absmax, codebook, blocksize, shape, dtype, *(nested or ()))
+        weight = (packed, absmax, codebook, blocksize, shape, dtype, *(nested or ()))
+        return _Product.apply(x, _serve, _serve_gradient, weight) if torch.is_grad_enabled() and x.requires_grad else _serve(x, *weight)
     return torch.ops.halfbyte.matmul_4bit(x, packed, absmax, codebook, blocksize, shape, dtype, *(nested or ()))
 
 
