@@ -73,7 +73,8 @@ def test_gemv_keeps_nan_and_refuses() -> None:
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32, torch.float64))
 def test_several_weights_are_the_products_one_by_one(rows: int, columns: int, blocksize: int, dtype: torch.dtype) -> None:
     x = torch.randn(rows, columns).to(dtype)
-    layers = [QuantLinear.from_linear(torch.nn.Linear(columns, width, dtype=torch.bfloat16), blocksize=blocksize) for width in (3, 64, 10)]
+    sizes = ((3, blocksize), (64, 32), (10, blocksize))  # blocks of 32 want x in another order
+    layers = [QuantLinear.from_linear(torch.nn.Linear(columns, width, dtype=torch.bfloat16), blocksize=size) for width, size in sizes]
     together = matmuls_4bit(x, [layer.product_arguments() for layer in layers])
     for found, layer in zip(together, layers, strict=True):
         assert torch.equal(found, matmul_4bit(x, *layer.product_arguments()))
