@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from halfbyte.errors import ConfigError
 from halfbyte.models.lazy_logits import make_lazy
 from halfbyte.models.modes import evaluating
-from halfbyte.models.structure import fuse
+from halfbyte.models.structure import fuse, is_fused
 
 Prompt = str | Sequence[int]
 
@@ -39,15 +39,17 @@ def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def generate(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 0.0,
     top_p: float = 1.0, seed: int = 0, batch_size: int = 8, stream: Callable[[str], None] | None = None,
+    take_over: bool = True,
 ) -> list[str]:  # fmt: skip
     """The answer to each prompt (text, or token ids as they are), without prompt and special tokens.
 
     temperature  0 takes the likeliest token
     stream       called with each piece of text as it comes; one prompt only
+    take_over    put own layers in on a CPU; without, the model keeps the layers that it has, as one in training must
     Raises ConfigError on settings out of range.
     """
     _check_writes(model)
-    if next(model.parameters()).device.type == "cpu" and fuse(model).layers:
+    if next(model.parameters()).device.type == "cpu" and (take_over or is_fused(model)) and fuse(model).layers:
         make_lazy(model)
     _check(max_new_tokens, temperature, top_p, seed, batch_size, stream, len(prompts))
     token_lists = [tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt) for prompt in prompts]

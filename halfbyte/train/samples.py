@@ -41,7 +41,7 @@ def answers(training: "Training") -> list[dict[str, str]]:
     if not picked:
         return []
     longest = min(LONGEST_ANSWER, max(len(reference) for _, reference in picked) + 8)
-    found = generate(training.model, tokenizer, [prompt for prompt, _ in picked], max_new_tokens=longest)
+    found = generate(training.model, tokenizer, [prompt for prompt, _ in picked], max_new_tokens=longest, take_over=False)
 
     def text(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
