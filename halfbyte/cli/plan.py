@@ -51,13 +51,13 @@ def plan(
 
         measure(question.shape, question.base.dtype)
     given = answer(question)
-    if page is not None:
-        from halfbyte.plan.page import write
-
-        write(Path(page), given)
     if json:
         from json import dumps
 
         say(dumps(as_dict(given), indent=1))
     else:
         say(plan_text(given))
+    if page is not None:
+        from halfbyte.plan.page import write
+
+        write(Path(page), given)

@@ -8,6 +8,7 @@ characters are dropped; very long texts are cut.
 import base64
 import hashlib
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -80,7 +81,7 @@ def style_hash(style: str) -> str:
 
 def replace_file(path: Path, content: bytes) -> Path:
     """Write a file whole or not at all; returns its path.  Raises StorageError."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
+    fresh = path.parent / f".{path.name}.{os.getpid()}.new"  # with_name has no answer for ""
     try:
         fresh.write_bytes(content)
         fresh.replace(path)
@@ -90,6 +91,9 @@ def replace_file(path: Path, content: bytes) -> Path:
             code="E-STORE-080",
             place=str(path),
             found=fault.strerror or str(fault),
-            remedy="free some space or check the folder's permissions; the run itself is complete",
+            remedy="free some space, check the folder's permissions or name a file; what the page shows is not lost",
         ) from fault
+    finally:
+        with suppress(OSError):  # a folder that is none, or gone
+            fresh.unlink(missing_ok=True)
     return path

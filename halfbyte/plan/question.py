@@ -30,6 +30,11 @@ def ask(
     shape, tokenizer = shape_of(model)
     rows = count_rows(data, tokenizer)
     names = tuple(name.strip() for name in targets.split(",") if name.strip())
+    if not names:
+        raise ConfigError(
+            "an adapter needs a layer to stand beside", code="E-CONF-408", place="--targets", found=targets[:40] or "nothing",
+            expected="all-linear, or module names with commas between", nothing_done="Nothing was planned.",
+        )  # fmt: skip
     base = Setting(
         method=method or "qlora", dtype=compute_dtype(place), rank=rank, targets=names[0] if len(names) == 1 else names,
         state=state or "float32", policy=policy or "keep", tokens=row_tokens(shape, max_tokens, rows),

@@ -170,3 +170,14 @@ def test_a_config_that_cannot_be_read(tmp_path: Path, text: str, code: str) -> N
     status, _, err = _run(tmp_path / "config.json", "--gpu-memory", "24")
     assert status in (2, 3) and err.startswith(f"error {code}")
     assert _run(tmp_path / "other.json")[2].startswith("error E-MODEL-901")
+
+
+def test_a_plan_without_a_layer_or_a_file_to_write_is_refused(config: Path, tmp_path: Path) -> None:
+    for nothing in ("", " , "):
+        code, _, err = _run(config, "--targets", nothing)
+        assert code == 2 and err.startswith("error E-CONF-408")
+    (tmp_path / "folder").mkdir()
+    for page in ("", tmp_path / "folder"):
+        code, text, err = _run(config, "--gpu-memory", "24", "--page", page)
+        assert code == 5 and err.startswith("error E-STORE-080") and "what fits, best first" in text  # the answer is told all the same
+    assert not [one for folder in (tmp_path, Path()) for one in folder.iterdir() if one.name.endswith(".new")]
