@@ -136,13 +136,13 @@ def _put(model: nn.Module, name: str, made: CalibratedLayer | None, quant: Quant
 def write_base(source: Source, rows: Sequence[Sequence[int]], out: Path, how: Calibration) -> Quality:
     """Calibrate the model of `source` and write the folder, over one that is there.  Raises ModelError, StorageError, TargetError."""
     settings = how.model
+    _require_writable(out)
     model = load_model(
         source, dtype=settings.dtype, quant=QuantConfig(format="none"), task=settings.task, labels=settings.labels,
         attention=settings.attention,
     )  # fmt: skip
     quality, factors = calibrate(model, rows, how.quant, how.lora, seed=how.seed)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
             made = save_quantized(model, load_tokenizer(source), Path(temporary) / "new")
             (made / REPORT).write_text(json.dumps(quality.as_dict(), indent=1) + "\n", encoding="utf-8")
@@ -152,12 +152,25 @@ def write_base(source: Source, rows: Sequence[Sequence[int]], out: Path, how: Ca
                 out.rename(Path(temporary) / "old")
             made.rename(out)
     except OSError as fault:
-        raise StorageError(
-            "the calibrated folder must be writable and have room", code="E-STORE-055", place=str(out),
-            found=f"{type(fault).__name__}: {fault.strerror or fault}", remedy="free some space, or name another folder",
-            nothing_done="Nothing was written.",
-        ) from fault  # fmt: skip
+        raise _unwritable(fault, out) from fault
     return quality
+
+
+def _require_writable(out: Path) -> None:
+    """Calibrating takes long: whether its result can be written is tried first."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent).cleanup()
+    except OSError as fault:
+        raise _unwritable(fault, out) from fault
+
+
+def _unwritable(fault: OSError, out: Path) -> StorageError:
+    return StorageError(
+        "the calibrated folder must be writable and have room", code="E-STORE-055", place=str(out),
+        found=f"{type(fault).__name__}: {fault.strerror or fault}", remedy="free some space, or name another folder",
+        nothing_done="Nothing was written.",
+    )  # fmt: skip
 
 
 def _write_start(model: nn.Module, made: Path, out: Path, how: Calibration, factors: Factors) -> None:

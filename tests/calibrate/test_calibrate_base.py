@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 import halfbyte as hb
+from halfbyte.calibrate import base as base_module
 from halfbyte.calibrate import layer as layer_module
 from halfbyte.calibrate.base import LEAST_TOKENS, Calibration, calibrate, choose_rows, write_base
 from halfbyte.calibrate.layer import Update, calibrate_layer
 from halfbyte.calibrate.moments import Moments, Seen
 from halfbyte.config import LoraConfig, ModelConfig, QuantConfig
-from halfbyte.errors import ConfigError, DataError, HalfbyteError, ModelError
+from halfbyte.errors import ConfigError, DataError, HalfbyteError, ModelError, StorageError
 from halfbyte.lora.inject import updates
 from halfbyte.models.load import load_model
 from halfbyte.models.source import resolve
@@ -203,3 +204,10 @@ def test_what_cannot_be_calibrated_is_refused(folder: Path, tmp_path: Path, opti
         hb.quantize(folder / given.pop("model", "model"), tmp_path / "out", **given)
     assert caught.value.code.startswith(code) and isinstance(caught.value, ConfigError | DataError | ModelError)
     assert not (tmp_path / "out").exists()
+
+
+def test_where_nothing_can_be_written_nothing_is_calibrated(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_module, "load_model", lambda *given, **named: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="E-STORE-055"):
+        write_base(resolve(str(folder / "model")), ROWS, tmp_path / "file" / "base", HOW)
