@@ -9,14 +9,14 @@ calls are prepared once for a layer: buffers for one row, weights by their addre
 Same roundings as the ordinary way of `decoder_layer.run`, in other words the same numbers but for the order of sums.  It is made for
 what most models are: bfloat16, packed 4-bit weights, a gated MLP, norms before attention and MLP, plain adapters.  For everything else
 `prepared` gives None and the layer decodes in the ordinary way.  What may change between two steps (norms, biases, adapters) is read anew
-at each; a list is thrown away where a packed weight has moved or somebody looks at a layer's calls.  One thread at a time uses a list,
-another one that comes meanwhile decodes in the ordinary way.
+at each; a list is thrown away where a part was exchanged, a packed weight has moved, or somebody looks at a layer's calls.  One thread at
+a time uses a list, another one that comes meanwhile decodes in the ordinary way.
 
 H width, D head width, I inner width; one sequence.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,13 +45,27 @@ class _Unfit(Exception):
     """A part that no list is made for."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """A part that a list uses, where it hangs, and the addresses of its packed tensors."""
+
+    parent: nn.Module
+    name: str
+    part: nn.Module
+    addresses: tuple[int, ...]
+
+    def is_current(self) -> bool:
+        """The part still hangs there, its tensors lie where they lay, and nobody looks at its calls."""
+        return self.parent._modules.get(self.name) is self.part and _addresses(self.part) == self.addresses
+
+
 @dataclass
 class LayerStep:
     """The prepared calls of one layer.
 
     before   from the hidden state x to queries, keys and values; `first` of them reads x
     after    from the attention's result to the MLP's; `sums` adds x to the attention's part
-    places   (layer, addresses of its packed tensors): what the list points to
+    places   what the list points to
     """
 
     before: list[Call]
@@ -64,14 +78,14 @@ class LayerStep:
     sums: Bound
     summed: Tensor
     out: Tensor
-    places: list[tuple[nn.Module, tuple[int, ...]]]
+    places: list[Place]
     threads: int
     scratch: Tensor
     lock: Any = field(default_factory=threading.Lock)
 
     def is_current(self) -> bool:
-        """No packed weight has moved, nobody looks at a layer's calls, and there are as many threads as there were."""
-        return self.threads == torch.get_num_threads() and all(_place(module) == place for module, place in self.places)
+        """All parts are as they were, and there are as many threads."""
+        return self.threads == torch.get_num_threads() and all(place.is_current() for place in self.places)
 
     def run(self, x: Tensor, plan: Any, attention: Any, angles: Any, step: Step) -> Tensor:
         """(1, H) -> (1, H).  Lets go of the lock that `prepared` took."""
@@ -125,23 +139,33 @@ def prepared(layer: Any, x: Tensor, step: Any, angles: Any) -> LayerStep | None:
     return known if known is not None and known.lock.acquire(blocking=False) else None
 
 
-def _place(module: Any) -> tuple[int, ...]:
-    """Addresses of what a packed layer is read from; nothing of a layer that is looked at, which is called as a module."""
+def _addresses(module: Any) -> tuple[int, ...]:
+    """Where a packed layer is read from, 0 for another; nothing for a layer that is looked at, which is called as a module."""
     if watched(module):
         return ()
-    return (module.weight.data_ptr(), module.absmax.data_ptr()) if isinstance(module, QuantLinear) else (id(module),)
+    return (module.weight.data_ptr(), module.absmax.data_ptr()) if isinstance(module, QuantLinear) else (0,)
 
 
 class _Parts:
     """Collects calls and what they point to."""
 
     def __init__(self) -> None:
-        self.places: list[tuple[nn.Module, tuple[int, ...]]] = []
+        self.places: list[Place] = []
+
+    def part(self, parent: nn.Module, name: str) -> Any:
+        """The part of that name, noted.  Raises _Unfit for one whose calls are looked at."""
+        part = getattr(parent, name)
+        place = Place(parent, name, part, _addresses(part))
+        if not place.addresses:
+            raise _Unfit
+        self.places.append(place)
+        return part
 
     def norm(
-        self, module: Any, form: int, x: Tensor, y: Tensor, residual: Tensor | None = None, summed: Tensor | None = None
+        self, parent: nn.Module, name: str, form: int, x: Tensor, y: Tensor, residual: Tensor | None = None, summed: Tensor | None = None
     ) -> tuple[Call, Bound]:
         """y = norm of x's rows, or of x + residual, which goes to `summed`; the first call reads the weight."""
+        module = self.part(parent, name)
         weight = torch.empty(module.weight.numel())
         eps = epsilon(module)
         rows, added = x.numel() // weight.numel(), residual is not None
@@ -150,33 +174,26 @@ class _Parts:
         shift = 1.0 if form == 2 else 0.0
         return (lambda: torch.add(module.weight, shift, out=weight)) if shift else (lambda: weight.copy_(module.weight)), bound
 
-    def products(self, modules: list[Any], x: Tensor, outputs: list[Tensor]) -> list[Call]:
-        """Each module's row of x (I,), bias and adapter included."""
+    def products(self, parent: nn.Module, names: Sequence[str], x: Tensor, outputs: list[Tensor]) -> list[Call]:
+        """Each named layer's row of x (I,), bias and adapter included."""
         if x.numel() % 64:
             raise _Unfit
         ordered = torch.empty_like(x)
         calls: list[Call] = [order.bind(x.numel() // 64, x, ordered)]
-        for module, y in zip(modules, outputs):
-            base = module.base if isinstance(module, LoraLinear) else module
+        for name, y in zip(names, outputs):
+            module = self.part(parent, name)
+            base = self.part(module, "base") if isinstance(module, LoraLinear) else module
             if not isinstance(base, QuantLinear) or base.format == "int8" or base.compute_dtype is not None:
                 raise _Unfit
             bound = bound_row(ordered, y, *base.product_arguments())
             if bound is None or y.numel() != base.out_features:
                 raise _Unfit
-            self._note(base)
             calls.append(bound)
             if base.bias is not None:
                 calls.append(_bias(base, y))
             if module is not base:
-                self._note(module)
                 calls.append(_update(module, x, y))
         return calls
-
-    def _note(self, module: Any) -> None:
-        place = _place(module)
-        if not place:
-            raise _Unfit
-        self.places.append((module, place))
 
 
 def _bias(module: Any, y: Tensor) -> Call:
@@ -204,21 +221,22 @@ def _made(layer: Any, plan: Any, x: Tensor, angles: Any) -> LayerStep:
         raise _Unfit
     if any(listing.chosen(op, "cpu") != "cpu" for op in OPS):
         raise _Unfit
-    attention, mlp, parts = layer.self_attn, layer.mlp, _Parts()
+    parts = _Parts()
+    attention, mlp = parts.part(layer, "self_attn"), parts.part(layer, "mlp")
     width, wide, narrow = x.shape[1], plan.heads * plan.head_dim, plan.groups * plan.head_dim
 
     def row(size: int) -> Tensor:
         return torch.empty(size, dtype=x.dtype)
 
     normed, qkv, turned = row(width), row(wide + 2 * narrow), row(wide + narrow)
-    read, first = parts.norm(getattr(layer, before), plan.forms[before], row(width), normed)
+    read, first = parts.norm(layer, before, plan.forms[before], row(width), normed)
     pieces = [qkv] if len(plan.qkv) == 1 else list(qkv.split([wide, narrow, narrow]))
-    calls: list[Call] = [read, first, *parts.products([getattr(attention, name) for name in plan.qkv], normed, pieces)]
+    calls: list[Call] = [read, first, *parts.products(attention, plan.qkv, normed, pieces)]
     straight = qkv
     if plan.qk_norm == "head":
         straight = row(wide + narrow)
         for name, piece in (("q_norm", slice(0, wide)), ("k_norm", slice(wide, wide + narrow))):
-            calls += parts.norm(getattr(attention, name), plan.forms[name], qkv[piece], straight[piece])
+            calls += parts.norm(attention, name, plan.forms[name], qkv[piece], straight[piece])
     held = turned if plan.rotary else straight
     rotated = angles[0].shape[-1] if plan.rotary else plan.head_dim
     table = torch.empty(rotated)
@@ -232,15 +250,14 @@ def _made(layer: Any, plan: Any, x: Tensor, angles: Any) -> LayerStep:
     attend = attend_heads.bind(
         plan.heads, held[:wide], keys, values, o, scratch, repeats, 1, plan.head_dim, plan.scaling, plan.softcap, work=1 << 20
     )
-    read, sums = parts.norm(getattr(layer, before_mlp), plan.forms[before_mlp], row(width), h, delta, summed)
-    inner = [getattr(mlp, name) for name in plan.inner]
-    inside = sum(module.out_features for module in inner) // 2
+    read, sums = parts.norm(layer, before_mlp, plan.forms[before_mlp], row(width), h, delta, summed)
+    inside = sum(getattr(mlp, name).out_features for name in plan.inner) // 2
     both, act, out = row(2 * inside), row(inside), row(width)
     gate, up = both.split(inside)
-    tail: list[Call] = [*parts.products([attention.o_proj], o, [delta]), read, sums]
-    tail += parts.products(inner, h, [both] if len(inner) == 1 else [gate, up])
+    tail: list[Call] = [*parts.products(attention, ("o_proj",), o, [delta]), read, sums]
+    tail += parts.products(mlp, plan.inner, h, [both] if len(plan.inner) == 1 else [gate, up])
     tail.append(act_rows.bind(1, gate, up, act, inside, inside, inside, ACTS.index(plan.gated), work=0))
-    tail += parts.products([mlp.down_proj], act, [out])
+    tail += parts.products(mlp, ("down_proj",), act, [out])
     return LayerStep(
         calls, first, rope, keys, values, attend, tail, sums, summed[None], out[None], parts.places, torch.get_num_threads(), scratch
     )

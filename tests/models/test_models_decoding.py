@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from halfbyte.config.lora import LoraConfig
 from halfbyte.kernels import instructions
-from halfbyte.lora.inject import inject
+from halfbyte.lora.inject import eject, inject
 from halfbyte.models import decode_step
 from halfbyte.models.decode_step import LIST, LayerStep
 from halfbyte.models.lazy_logits import make_lazy
@@ -118,6 +118,31 @@ def test_what_changes_between_two_steps_is_seen() -> None:
     plain.load_state_dict(fused.state_dict())
     near(decoded(fused), decoded(plain), 0.03)
     assert lists(fused)[1] is not before[1] and lists(fused)[0] is before[0]
+
+
+@needs_pairs
+def test_an_exchanged_part_makes_another_list() -> None:
+    """# T67: an adapter that is put in or taken out after a token was decoded acts, or is gone, at the next; so does another norm."""
+    fused = model_of("llama", torch.bfloat16)
+    fuse(fused)
+    bare = decoded(fused)
+    adapted = inject(fused, LoraConfig(rank=3, alpha=5), seed=1)
+    with torch.no_grad():
+        for name in adapted.names:
+            fused.get_submodule(name).lora_b.normal_(generator=torch.Generator().manual_seed(2)).mul_(0.2)
+    fused.requires_grad_(False).eval()
+    plain = model_of("llama", torch.bfloat16, adapters=True)
+    plain.load_state_dict(fused.state_dict())
+    near(decoded(fused), decoded(plain), 0.03)
+    assert (decoded(fused) - bare).norm() > 0.1 * bare.norm()
+    eject(fused)
+    assert decoded(fused).equal(bare)
+    layer = fused.model.layers[0]
+    replace(layer, "input_layernorm", copy.deepcopy(layer.input_layernorm))
+    layer.input_layernorm.weight.data.mul_(-1.5)
+    plain = model_of("llama", torch.bfloat16)
+    plain.load_state_dict(fused.state_dict())
+    near(decoded(fused), decoded(plain), 0.03)
 
 
 @needs_pairs

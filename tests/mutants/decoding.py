@@ -27,8 +27,13 @@ MUTANTS = [
     ),
     Mutant(
         "T54", "a list goes on reading where a weight was before it moved", _STEP,
-        "return self.threads == torch.get_num_threads() and all(_place(module) == place for module, place in self.places)", "return True",
+        "self.part and _addresses(self.part) == self.addresses", "self.part",
         _MODEL + "test_what_changes_between_two_steps_is_seen",
+    ),
+    Mutant(
+        "T67", "an adapter that was taken out goes on acting", _STEP,
+        "return self.parent._modules.get(self.name) is self.part and ", "return ",
+        _MODEL + "test_an_exchanged_part_makes_another_list",
     ),
     Mutant(
         "T67", "two threads write into one list", _STEP,
