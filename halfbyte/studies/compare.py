@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from halfbyte import devices
 from halfbyte.config import RunConfig
-from halfbyte.errors import ConfigError, DoesNotFitError, NumericError
+from halfbyte.errors import ConfigError, DataError, DoesNotFitError, NumericError
 from halfbyte.studies import base, learning_rate, rows
 from halfbyte.studies.arms import Arm
 from halfbyte.studies.runs import Folder, Say, call, failure, opened, read_json, require_same, train, write_json
@@ -126,6 +126,15 @@ def _check(study: Study) -> None:
                 "settings are compared by their held-out loss, and nothing is evaluated", code="E-CONF-415", place="train.eval_every_steps",
                 found="null", remedy="leave it out", nothing_done="Nothing was trained.",
             )  # fmt: skip
+    longest = study.score.max_new_tokens if study.score else 1
+    counts = {"--sweep-rows": study.sweep_rows, "--samples": study.samples, "--score-rows": study.score.rows if study.score else 0}
+    for place, found, least in [*((name, count, 0) for name, count in counts.items()), ("--max-new-tokens", longest, 1)]:
+        if found < least:
+            raise ConfigError("a count must be in its range", code="E-CONF-418", place=place, found=str(found), expected=f"{least} or more",
+                              nothing_done="Nothing was trained.")  # fmt: skip
+    if study.general not in (None, "none") and not Path(str(study.general)).expanduser().exists():
+        raise DataError("the file of general text must exist", code="E-DATA-411", place="--general", found=str(study.general),
+                        remedy="check the path; none leaves general text out", nothing_done="Nothing was trained.")  # fmt: skip
     if study.seeds < 1:
         raise ConfigError("a comparison needs at least one seed", code="E-CONF-416", place="--seeds", found=str(study.seeds),
                           expected="1 or more; 3 give an interval worth looking at")  # fmt: skip

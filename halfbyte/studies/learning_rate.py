@@ -20,7 +20,7 @@ from typing import Any
 
 from halfbyte import devices
 from halfbyte.config import RunConfig
-from halfbyte.errors import NumericError
+from halfbyte.errors import ConfigError, NumericError
 from halfbyte.studies.rows import prepare
 from halfbyte.studies.runs import (
     DIVERGED,
@@ -160,6 +160,8 @@ def find(folder: Folder, name: str, config: RunConfig, *, rows: Path, count: int
         folder.say(f"{at}: learning rate {rate if isinstance(rate, str) else format(rate, '.3g')}")
         outcome = train(folder, at, short(config, rows, count, held_out, rate))
         drop_weights(folder.path / at)
+        if outcome["status"] == "does not fit":  # tried again by the same command, when there may be more room
+            (folder.path / f"{at}.json").unlink(missing_ok=True)
         if outcome["status"] == "does not fit" or "rate" not in outcome:
             raise failure(DOES_NOT_FIT if outcome["status"] == "does not fit" else DIVERGED, folder.path / f"{at}.log")
         outcomes[factor], rates[factor] = outcome, float(outcome["rate"])
@@ -192,8 +194,11 @@ def _points(outcomes: dict[float, dict[str, Any]]) -> list[Point]:
 def alone(config: RunConfig, path: Path, sweep_rows: int, say: Say) -> Found:
     """The rate for one setting, in a folder of its own; what was run there before with the same settings is kept.
 
-    Raises CheckpointError where the folder holds the sweep of another setting.
+    Raises ConfigError without rows, CheckpointError where the folder holds the sweep of another setting.
     """
+    if sweep_rows < 1:
+        raise ConfigError("short runs train on rows", code="E-CONF-419", place="--rows", found=str(sweep_rows), expected="1 or more",
+                          nothing_done="Nothing was trained.")  # fmt: skip
     with opened(path, say) as folder:
         now = {"settings": config.model_dump(mode="json", exclude={"out"}), "rows": sweep_rows, "versions": devices.versions()}
         require_same(folder.path / "study.json", now)

@@ -61,11 +61,12 @@ class Folder:
 def opened(path: Path, say: Say) -> Iterator[Folder]:
     """The folder of a study for this process alone; a run of an earlier start that is still at work is waited for.
 
-    Raises StorageError.
+    Raises StorageError, also for a folder with something in it that no study has put there: it would be written over.
     """
     path = path.absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
+        _require_own(path)
         lock = os.open(path / "study.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as fault:
         raise StorageError(
@@ -82,14 +83,38 @@ def opened(path: Path, say: Say) -> Iterator[Folder]:
         os.close(lock)
 
 
+def _require_own(path: Path) -> None:
+    found = sorted(one.name for one in path.iterdir() if one.name != "study.lock" and not one.name.startswith("."))
+    if found and not (path / "study.json").is_file():
+        raise StorageError(
+            "a study must not be written over other files", code="E-STORE-412", place=str(path), found=", ".join(found[:5]),
+            expected="a new folder, or that of a study", remedy="name another folder with --out", nothing_done="Nothing was trained.",
+        )  # fmt: skip
+
+
 def write_json(path: Path, values: Any) -> None:
     """Replace a JSON file as a whole, durably.  Raises StorageError."""
     RunFolder(path.parent).write_json(path, values)
 
 
 def read_json(path: Path) -> Any:
-    """The values of a JSON file, None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """The object in a JSON file, None where there is no file.  Raises CheckpointError for a damaged one."""
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as fault:
+        raise _damaged(path, str(fault)) from fault
+    if not isinstance(values, dict):
+        raise _damaged(path, f"{type(values).__name__}, no object")
+    return values
+
+
+def _damaged(path: Path, found: str) -> CheckpointError:
+    return CheckpointError(
+        "a file of a study must be as the study wrote it", code="E-CKPT-413", place=str(path), found=found[:200],
+        expected="a JSON object", remedy="put it back, or name another folder with --out; without this file its part is done again",
+    )  # fmt: skip
 
 
 def require_same(path: Path, now: dict[str, Any]) -> None:

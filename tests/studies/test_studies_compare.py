@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from halfbyte.config import load_config
-from halfbyte.errors import CheckpointError, ConfigError
+from halfbyte.errors import CheckpointError, ConfigError, DataError, StorageError
 from halfbyte.studies import arms, compare, comparison, comparison_files, judge, runs
 from halfbyte.studies.arms import arms_of
 from halfbyte.studies.compare import Score, Study
@@ -220,3 +220,32 @@ def test_a_run_that_diverges_or_does_not_fit_is_an_outcome_and_any_other_fault_e
 
 def study_score(score: Score) -> Any:
     return Study((), score=score).identity()["score"]
+
+
+def test_a_study_is_not_written_over_other_files(world: Path, tmp_path: Path) -> None:
+    """The rows of a study would take the place of somebody's rows, and its runs that of somebody's runs."""
+    data = tmp_path / "rows" / "train.jsonl"
+    data.parent.mkdir()
+    data.write_bytes((world / "rows.jsonl").read_bytes())
+    before = data.read_bytes()
+    with pytest.raises(StorageError, match=r"E-STORE-412(.*\n)+.*rows"):
+        compare.run(study(world), tmp_path, lambda text: None)
+    assert data.read_bytes() == before and [one.name for one in tmp_path.iterdir()] == ["rows"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null"])
+def test_a_damaged_file_of_a_study_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"E-CKPT-413(.*\n)+.*study\.json"):
+        runs.require_same(tmp_path / "study.json", {"settings": {}})
+    assert (tmp_path / "study.json").read_text() == text
+
+
+def test_what_only_the_end_would_find_wrong_is_refused_at_the_start(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for wrong in ({"sweep_rows": -1}, {"samples": -1}, {"score": Score("rougeL", -1, 8)}, {"score": Score("rougeL", 4, 0)}):
+        with pytest.raises(ConfigError, match="E-CONF-418"):
+            compare.run(study(world, **wrong), out, lambda text: None)
+    with pytest.raises(DataError, match="E-DATA-411"):
+        compare.run(study(world, general=str(tmp_path / "none.txt")), out, lambda text: None)
+    assert not out.exists()

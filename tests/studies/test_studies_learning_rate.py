@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.config import load_config
+from halfbyte.errors import ConfigError, DoesNotFitError
 from halfbyte.studies import learning_rate
 from halfbyte.studies.learning_rate import Found, Point, judge, next_rate
 from halfbyte.studies.rows import prepare, python_prose, spread_evenly
@@ -147,3 +148,21 @@ def test_a_short_run_is_one_pass_and_judged_at_its_end(tmp_path: Path) -> None:
     assert learning_rate.short(few, tmp_path, 300, tmp_path, "auto").train.max_steps == 5
     many = load_config(None, ["data=rows.jsonl", "train.max_steps=500"])
     assert learning_rate.short(many, tmp_path, 300, tmp_path, "auto").train.max_steps is None
+
+
+def test_a_sweep_that_did_not_fit_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may be free by then; what diverged is kept, for it would diverge again."""
+    for name, value in (("HALFBYTE_KERNELS", "reference"), ("PYTHONPATH", str(ROOT)), ("HALFBYTE_FAULTS", "train.micro_batch:memory:*")):
+        monkeypatch.setenv(name, value)
+    data = tiny_world.write_rows(tmp_path / "rows.jsonl", tiny_world.rows(24))
+    model = tiny_world.write_model(tmp_path / "tiny")
+    config = load_config(None, [f"model={model}", f"data={data}", "method=lora", "lora.rank=2", "train.threads=1"])
+    with pytest.raises(DoesNotFitError, match="E-FIT-410"):
+        learning_rate.alone(config, tmp_path / "out", 8, lambda text: None)
+    assert (tmp_path / "out" / "points" / "x1.log").is_file() and not (tmp_path / "out" / "points" / "x1.json").exists()
+
+
+def test_a_sweep_needs_rows(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="E-CONF-419"):
+        learning_rate.alone(load_config(None, ["data=rows.jsonl", "method=lora"]), tmp_path / "out", 0, lambda text: None)
+    assert not (tmp_path / "out").exists()
