@@ -74,12 +74,16 @@ class Whole:
         lost = sum(float(part.values[ranks[name]:].square().sum()) for name, part in self.spectra.items())
         return lost / total if total else 0.0
 
-    def write(self, cut: Cut, out: Path) -> Path:
-        """Write a cut as a PEFT folder; returns it.  Raises StorageError for a folder with something in it."""
+    def require_new(self, out: Path) -> None:
+        """Raise StorageError for a folder with something in it."""
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise StorageError("a truncated adapter needs a folder of its own", code="E-STORE-083", place=str(out),
                                found="something is there", expected="a new or an empty folder", remedy="name another folder",
                                nothing_done="Nothing was written.")  # fmt: skip
+
+    def write(self, cut: Cut, out: Path) -> Path:
+        """Write a cut as a PEFT folder; returns it.  Raises StorageError for a folder with something in it."""
+        self.require_new(out)
         adapter, raw = self.adapter, self.adapter.raw
         kinds = {name: "conv1d" if kind == "linear" and raw["fan_in_fan_out"] else kind for name, kind in adapter.kinds.items()}
         targets = raw["target_modules"]

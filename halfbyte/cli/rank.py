@@ -64,7 +64,7 @@ def rank(
 
     from halfbyte.cli.terminal import say
 
-    _require_fit(settings, model, adapter, truncate, joint, to, max_rows)
+    _require_fit(settings, model, data, adapter, truncate, joint, to, max_rows)
     if adapter is not None:
         text, values = _look(adapter, data, truncate, joint, to, max_rows, allow_download, force_base)
     else:
@@ -85,8 +85,8 @@ def rank(
 
 
 def _require_fit(
-    settings: list[str] | None, model: str | None, adapter: Path | None, truncate: int | None, joint: bool, to: Path | None,
-    max_rows: int | None,
+    settings: list[str] | None, model: str | None, data: str | None, adapter: Path | None, truncate: int | None, joint: bool,
+    to: Path | None, max_rows: int | None,
 ) -> None:  # fmt: skip
     """Options that have no effect together are refused."""
     from halfbyte.errors import ConfigError
@@ -100,6 +100,8 @@ def _require_fit(
         wrong = "--joint or --to without --truncate"
     elif truncate is not None and to is None:
         wrong = "--truncate without --to"
+    elif max_rows is not None and data is None:
+        wrong = "--max-rows without --data"
     if wrong:
         raise ConfigError(
             "these options do not go together", code="E-CONF-545", place="halfbyte rank", found=wrong,
@@ -130,18 +132,22 @@ def _look(
     }  # fmt: skip
     cuts = {f"rank {number}": whole.cut(number) for number in powers(top)[:-1]}
     if truncate is not None and to is not None:
+        whole.require_new(to)
         cut = whole.cut(truncate, joint=joint)
-        name = f"rank {truncate}" + (", joint" if joint else "")
+        name = f"rank {min(truncate, top)}" + (", joint" if joint else "")
         cuts = {name: cut}
-        whole.write(cut, to)
-        texts.append(f"written: {to}, {name}, {cut.parameters} parameters, {100 * cut.left_out:.2f} % of the squared norm left out")
-        values["truncated"] = {"folder": str(to), "ranks": cut.ranks, "parameters": cut.parameters, "left_out": cut.left_out}
+    measured = ""
     if data is not None:
         from halfbyte.evaluate.opened import open_model
         from halfbyte.evaluate.rows import loss_batches
 
         opened = open_model(folder, allow_download=allow_download, force_base=force_base)
         costs = rank_adapter.costs(opened, whole, loss_batches(opened, data, batch_size=4, max_rows=max_rows), cuts)
-        texts.append(rank_text.costs_text(costs))
+        measured = rank_text.costs_text(costs)
         values["costs"] = asdict(costs)
+    if truncate is not None and to is not None:  # last: what cannot be measured leaves no folder behind
+        whole.write(cut, to)
+        texts.append(f"written: {to}, {name}, {cut.parameters} parameters, {100 * cut.left_out:.2f} % of the squared norm left out")
+        values["truncated"] = {"folder": str(to), "ranks": cut.ranks, "parameters": cut.parameters, "left_out": cut.left_out}
+    texts += [measured] if measured else []
     return "\n\n".join(texts), values

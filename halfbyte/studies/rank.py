@@ -104,8 +104,8 @@ def check(ask: Ask) -> None:
 def recommend(config: RunConfig, ask: Ask) -> Recommendation:
     """Measure and decide.  Raises ConfigError, DataError, ModelError, TargetError and UnsupportedError."""
     check(ask)
-    if config.method == "full":
-        raise ConfigError("only an adapter has a rank", code="E-CONF-543", place="method", found="full", expected="qlora or lora",
+    if config.method not in ("qlora", "lora"):  # also auto: a plan compares methods at a rank
+        raise ConfigError("only an adapter has a rank", code="E-CONF-543", place="method", found=config.method, expected="qlora or lora",
                           nothing_done="Nothing was measured.")  # fmt: skip
     if config.model.task != "causal-lm":
         raise ConfigError("the rank is measured for language models", code="E-CONF-544", place="model.task", found=config.model.task,

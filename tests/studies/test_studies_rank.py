@@ -192,6 +192,7 @@ def test_the_text_and_the_settings_to_paste(world: tuple[Path, Path], tmp_path: 
     ("words", "code"),
     [(("--stages", "gradeint"), "E-CONF-540"), (("--stages", ","), "E-CONF-540"), (("--task", "poems"), "E-CONF-541"),
      (("--probe-rank", 1), "E-CONF-542"), (("--rows", 2), "E-CONF-542"), (("--method", "full"), "E-CONF-543"),
+     (("--method", "auto"), "E-CONF-543"),
      (("data.eval_rows=0",), "E-DATA-093"), (("data.max_rows=3", "data.eval_rows=0", "--stages", "capacity"), "E-DATA-094")],
 )  # fmt: skip
 def test_refusals(words: tuple[object, ...], code: str, world: tuple[Path, Path]) -> None:

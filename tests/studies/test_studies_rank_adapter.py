@@ -102,6 +102,8 @@ def test_the_command_shows_cuts_and_measures(trained: tuple[Path, Path], tmp_pat
     [(("--truncate", 4), "E-CONF-545"), (("--adapter", "RUN", "--truncate", 4), "E-CONF-545"),
      (("--adapter", "RUN", "--joint"), "E-CONF-545"),
      (("--adapter", "RUN", "--model", "starter"), "E-CONF-545"), (("--adapter", "RUN", "--truncate", 0, "--to", "TO"), "E-ADAPT-093"),
+     (("--adapter", "RUN", "--max-rows", 3), "E-CONF-545"),
+     (("--adapter", "RUN", "--truncate", 2, "--to", "TO", "--data", "NONE"), "E-DATA-001"),
      (("--adapter", "NONE"), "E-ADAPT-031")],
 )  # fmt: skip
 def test_refusals(words: tuple[object, ...], code: str, trained: tuple[Path, Path], tmp_path: Path) -> None:
