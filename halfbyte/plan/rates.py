@@ -183,7 +183,14 @@ def measure(shape: ModelShape, dtype: str) -> float:
     """
     asked = {"widths": asdict(widths_of(shape)), "vocab": shape.vocab, "hidden": shape.hidden, "dtype": dtype}
     command = [sys.executable, "-m", "halfbyte.plan.calibration", json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_SECONDS, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise EnvironmentFault(
+            "a calibration must end", code="E-ENV-402", place="python -m halfbyte.plan.calibration",
+            found=f"still at work after {LONGEST_SECONDS:.0f} s", remedy="repeat it while the machine is idle",
+            nothing_done="Nothing was kept.",
+        ) from None  # fmt: skip
     if done.returncode != 0:
         raise EnvironmentFault(
             "a calibration must end", code="E-ENV-402", place="python -m halfbyte.plan.calibration",

@@ -17,7 +17,7 @@ from halfbyte.config import load_config
 from halfbyte.config.rules import value_at
 from halfbyte.config.run import RunConfig
 from halfbyte.data.load import TrainData
-from halfbyte.errors import ModelError, UnsupportedError
+from halfbyte.errors import EnvironmentFault, ModelError, UnsupportedError
 from halfbyte.log import logger
 from halfbyte.models.load import choose_dtype
 from halfbyte.models.packed_folder import storage_of
@@ -81,7 +81,12 @@ def plan_of(config: RunConfig, folder: Path, data: TrainData, *, resume: bool = 
         return None
     if not resume and decision.certain:
         require_room(decision)
-    return with_time(decision, rates_for(decision, dtype))
+    try:
+        rates = rates_for(decision, dtype)
+    except EnvironmentFault as fault:  # times are an extra: a damaged or unwritable cache stops no run
+        logger().warning("no times for this run: %s (%s: %s)", fault.rule, fault.place, fault.found)
+        rates = None
+    return with_time(decision, rates)
 
 
 def rates_for(decision: Decision, dtype: str) -> Rates | None:

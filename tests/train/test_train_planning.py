@@ -135,3 +135,13 @@ def test_short_runs_busy_machines_and_gpus_are_not_measured(long_run: planning.D
     monkeypatch.setattr(planning, "LONG_RUN_SECONDS", 1e9)
     monkeypatch.setattr(planning.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     assert planning.rates_for(long_run, "bfloat16") is None
+
+
+def test_a_damaged_calibration_of_this_machine_stops_no_run(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path))
+    here(monkeypatch, 64 << 30)
+    path = keep(RATES)
+    path.write_text("{", encoding="utf-8")
+    config = stage.config(tmp_path / "run")
+    decision = planning.plan_of(config, Path(config.model.name), data(uneven(4)))
+    assert decision is not None and decision.seconds_per_step is None
