@@ -6,7 +6,7 @@
 
 A scale below the largest weight cuts that weight short and gives all others of its block finer steps.  Whether that pays depends on
 which inputs carry the activations: the same search with h = 1 shrinks the error of the weight and does not help the model.  Afterwards
-the scales are quantized to 8 bits as ever (double quantization), and the codes are picked once more for the scales as they read back.
+the scales are quantized to 8 bits as ever (double quantization), and the indices are picked once more for the scales as they read back.
 What is written is an ordinary nf4 (or fp4) tensor: bitsandbytes, transformers and vLLM read it.
 
 Shapes: weight (O, I) row-major in N blocks of K elements, which may begin in the middle of a row; importance h (I,)

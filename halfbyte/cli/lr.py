@@ -25,7 +25,7 @@ def lr(
     ),
     rows: Annotated[int, typer.Option("--rows", help="Rows each short run trains on, spread evenly over the data.")] = 300,
 ) -> None:
-    """Find the learning rate: three to five short runs around the default, and the highest stable one with its reason.
+    """Find the learning rate: three to five short runs around the default, and the one with the lowest loss, with its reason.
 
     Give the rate to `halfbyte train` as optim.learning_rate. Stopped or killed, the same command goes on where it was.
     """

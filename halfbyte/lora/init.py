@@ -9,7 +9,7 @@
 | calibrated | as they were written beside a calibrated base (calibrate/low_rank.py) | | the same, nearest on the calibration rows |
 
 An embedding begins with A = 0 and B ~ N(0, 1) for default and gaussian.  All draws happen in float32 on the CPU, so a seed means the same
-start on every device.  LoftQ quantizes the layer itself and therefore wants a dense base; the other three never change the base.
+start on every device.  LoftQ quantizes the layer itself and therefore wants a dense base; the others never change the base.
 
 Sources: PiSSA https://arxiv.org/abs/2404.02948, LoftQ https://arxiv.org/abs/2310.08659 (which assumes s = 1; here Q + s B A is fitted).
 """

@@ -24,7 +24,7 @@ from halfbyte.plan.setting import Setting, adapted, adapter_params, trained_para
 from halfbyte.shape import ModelShape
 
 RANK = 16  # of the adapters in a calibrated layer
-ROUNDED_TO = 64  # tokens of a micro-batch on a CPU (models/rows.py)
+ROUNDED_TO = 64  # tokens of a micro-batch on a CPU (models/heads.py)
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def _time(given: Answer) -> str:
     length = f"{steps:,} steps of {size} rows in an epoch; " if steps else ""
     timed = [(method, seconds_per_step(given, one)) for method, one in found_with_change(given) if one.verdict != NOT]
     if any(seconds is None for _, seconds in timed) or not timed:
-        here = "; `halfbyte plan --calibrate` measures it in ten seconds" if given.question.hardware.name == PROCESSOR else ""
+        here = "; `halfbyte plan --calibrate` measures it" if given.question.hardware.name == PROCESSOR else ""
         return f"time: {length}not calibrated for this place, so no time is given{here}"
     each = [f"{method} {duration_text(s)} a step" + (f", {duration_text(s * steps)} an epoch" if steps else "") for method, s in timed if s]
     return f"time for steps of {size} rows ({time_source(given)}): {length}{'; '.join(each)}"

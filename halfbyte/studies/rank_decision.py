@@ -54,8 +54,8 @@ def decide(
             rank *= 2
             reasons.append(f"gradient: {rank // 2} directions explain less than half of what repeats, one step up to {rank}")
     if rank > most:
-        rank, stage = 1 << (max(1, most).bit_length() - 1), "memory"
-        reasons.append(f"memory holds rank {most} at most")
+        rank, stage = 1 << (max(1, most).bit_length() - 1), "memory" if most < MOST else "limit"
+        reasons.append(f"half of the free memory holds rank {most} at most (estimate)" if most < MOST else f"{MOST} is the most")
     return Decision(rank, stage, tuple(reasons))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from halfbyte.errors import TargetError
-from halfbyte.plan import memory, published
+from halfbyte.plan import memory, published, speed
 from halfbyte.plan.memory import dense_bytes, packed_bytes, plan_memory, state_bytes
 from halfbyte.plan.setting import Setting, trained_params
 from halfbyte.shape import ModelShape
@@ -95,9 +95,11 @@ def test_bytes_of_real_optimizer_state(tiny_llama: Any, state: str, dtype: str) 
 def test_numbers_of_the_code_are_the_codes() -> None:
     from halfbyte.kernels.adamw import reference
     from halfbyte.kernels.linear_cross_entropy import chunks
+    from halfbyte.models import heads
     from halfbyte.optim import state_storage
 
     assert memory.CHUNK_BYTES == chunks.CHUNK_BYTES
+    assert speed.ROUNDED_TO == heads.ROUND_CPU
     assert memory.UPDATE_CHUNK == reference.CHUNK
     assert (memory.INT8_BLOCKSIZE, memory.SMALLEST_INT8) == (state_storage.BLOCKSIZE, state_storage.SMALLEST_INT8)
 
