@@ -82,7 +82,7 @@ def run_config(setting: dict[str, Any], folder: str) -> Any:
     return RunConfig.model_validate({
         "method": setting["method"], "data": {"path": "-", "packing": setting["packing"]},
         "model": {"name": folder, "dtype": setting["dtype"]}, "optim": {"state": setting["state"]},
-        "train": {"activations": setting["policy"]}, **adapter,
+        "train": {"activations": setting["policy"], "global_batch_size": setting["rows"], "micro_batch_size": setting["rows"]}, **adapter,
     })  # fmt: skip
 
 

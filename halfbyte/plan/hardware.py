@@ -21,8 +21,8 @@ from halfbyte.errors import ConfigError, nearest
 PROCESSOR = "this machine's processor"
 PROGRAM_BYTES = {"cpu": 553 << 20, "gpu": round(0.6 * 2**30)}
 PROGRAM_ON_HOST = 2 << 30
-MARGIN = {"cpu": 0.10, "gpu": 0.05}
-"""How far a prediction may be off, as a share; a setting is said to fit only with this much to spare."""
+MARGIN = {"cpu": 0.12, "gpu": 0.05}
+"""A setting is said to fit only with this share to spare: on the CPU more than the largest shortfall measured (results/memory.json)."""
 
 CARDS_GB = {
     "RTX 2080 Ti": 11, "RTX 3060": 12, "RTX 3070": 8, "RTX 3080": 10, "RTX 3090": 24, "RTX 4060": 8, "RTX 4060 Ti 16GB": 16, "RTX 4070": 12,

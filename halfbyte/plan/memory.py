@@ -7,6 +7,9 @@
     layer     activations of all layers + the backward pass of one layer                  (its first layer)
     update    what the optimizer's update needs; the activations are gone
 
+Gradients always lie there where a step takes several micro-batches.  Where it takes one they grow while the activations go, so the most is
+at one of the two ends: without them at `head` and `layer`, with all of them at `update`, which then is also the backward of the last layer.
+
 Terms carry their formula.  Bytes of packed weights are exact (quant/storage_cost.py), as are those of adapters, gradients and
 optimizer state; activations are what the ops save (activations.py).  The program's own memory is the one measured number: see hardware.py.
 
@@ -171,6 +174,8 @@ def plan_memory(shape: ModelShape, setting: Setting, program_bytes: int = 0) -> 
     count, trained = trained_params(shape, setting), trained_dtype(setting)
     state = state_bytes(shape, setting)
     away = setting.paged and setting.device == "gpu"
+    update = update_bytes(shape, setting)
+    update = update if setting.accumulates else max(update, workspace_bytes(shape, setting))
     scales = f"{'with' if setting.double_quant else 'without'} double quantization, blocks of {setting.blocksize}"
     few = "int8 and a scale for each row" if setting.format == "int8" else f"{setting.format} {scales}"
     adapters = 0 if setting.method == "full" else count * WIDTHS[trained]
@@ -178,14 +183,14 @@ def plan_memory(shape: ModelShape, setting: Setting, program_bytes: int = 0) -> 
         Term("weights, packed", packed_bytes(shape, setting), "always", few),
         Term("weights, dense", dense_bytes(shape, setting), "always", f"{WIDTHS[setting.dtype]} bytes a parameter"),
         Term("adapters", adapters, "always", f"{WIDTHS[trained]} bytes a trained parameter"),
-        Term("gradients", count * WIDTHS[trained], "always", f"{WIDTHS[trained]} bytes a trained parameter"),
+        Term("gradients", count * WIDTHS[trained], *_gradients(setting, WIDTHS[trained])),
         Term("optimizer", 0 if away else state, "always", _state_text(setting)),
         Term("activations", kept_bytes(shape, setting), "activations", _kept_text(shape, setting)),
         Term("heap gaps", gap_bytes(shape, setting), "activations", "one hole of a layer's largest block, for every layer"),
         Term("head", head_bytes(shape, setting), "head", "last states and their gradients; that of the head where it is trained"),
         Term("logits", chunk_bytes(shape, setting), "head" if setting.device == "gpu" else "always", "one chunk of 96 MiB in float32"),
         Term("workspace", workspace_bytes(shape, setting), "layer", "backward of one layer, and its largest matrix in full"),
-        Term("update", update_bytes(shape, setting), "update", "temporaries of the optimizer's update"),
+        Term("update", update, "update", "temporaries of the optimizer's update, or the backward of the last layer"),
         Term("program", program_bytes, "always", "measured: interpreter and libraries before a model is loaded"),
         Term("layer inputs on the host", host_bytes(shape, setting) if setting.device == "gpu" else 0, "host", "offloaded"),
         Term("optimizer on the host", state if away else 0, "host", _state_text(setting)),
@@ -193,6 +198,12 @@ def plan_memory(shape: ModelShape, setting: Setting, program_bytes: int = 0) -> 
     if setting.device == "cpu" and setting.policy == "offload":  # host and device are one memory
         terms.append(Term("layer inputs", host_bytes(shape, setting), "activations", "offloaded to the memory they came from"))
     return Memory(tuple(term for term in terms if term.bytes))
+
+
+def _gradients(setting: Setting, width: int) -> tuple[str, str]:
+    """When gradients lie there, and their formula."""
+    each = f"{width} bytes a trained parameter"
+    return ("always", each) if setting.accumulates else ("update", f"{each}; a step of one micro-batch frees them before the next")
 
 
 def _state_text(setting: Setting) -> str:

@@ -28,6 +28,7 @@ class Setting:
     dtype             of weights that are not packed, of activations and of arithmetic; also of all weights for method full
     lora_dtype        of adapters and of what is trained whole
     tokens            of one row, padding included; micro_batch_size rows go through at once
+    global_batch_size rows of an optimizer step; 0: not known, more than go through at once
     trained_share     share of the tokens that carry a label
     policy            which activations are kept (activations.py)
     device            "cpu" or "gpu": where paging and offloading lead somewhere else
@@ -56,6 +57,7 @@ class Setting:
     micro_batch_size: int = 1
     trained_share: float = 1.0
     device: str = "cpu"
+    global_batch_size: int = 0
 
     @classmethod
     def of(
@@ -67,6 +69,7 @@ class Setting:
             run.method, run.quant_format, run.quant.blocksize, run.quant.double_quant, run.quant.quantize_head, dtype, lora.rank,
             lora.targets, lora.exclude, lora.layers, tuple(lora.ranks.items()), lora.dropout, lora.dora, lora.lora_bias, lora.dtype,
             lora.fully_trained, run.optim.state, run.optim.paged, policy, tokens, micro_batch_size, trained_share, device,
+            run.train.global_batch_size,
         )  # fmt: skip
 
     def with_method(self, method: str) -> "Setting":
@@ -83,7 +86,13 @@ class Setting:
         """What decides about weights, with the rest at rest: the key under which their sums are remembered."""
         return replace(
             self, policy="keep", state="float32", paged=False, tokens=1, micro_batch_size=1, trained_share=1.0, device="cpu",
+            global_batch_size=0,
         )  # fmt: skip
+
+    @property
+    def accumulates(self) -> bool:
+        """Gradients of earlier micro-batches lie there while the next one goes through."""
+        return self.global_batch_size == 0 or self.global_batch_size > self.micro_batch_size
 
     @property
     def batch_tokens(self) -> int:
