@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from halfbyte.adapters.folder import save_adapter
 from halfbyte.calibrate.layer import CalibratedLayer, Update, bits_of, calibrate_layer
-from halfbyte.calibrate.moments import MOMENTS_BYTES, collect
+from halfbyte.calibrate.moments import CHECK_EVERY, MOMENTS_BYTES, collect
 from halfbyte.calibrate.quality import LayerQuality, Quality
 from halfbyte.config.lora import LoraConfig
 from halfbyte.config.model import ModelConfig
@@ -42,8 +42,8 @@ from halfbyte.quant.linear import QuantLinear
 from halfbyte.surgery import replace
 
 REPORT = "calibration.json"
-LEAST_ROWS, LEAST_TOKENS = 5, 256
-"""Every fifth row checks what the others fit, so there must be five; fewer tokens than this say nothing about a layer."""
+LEAST_ROWS, LEAST_TOKENS = CHECK_EVERY, 256
+"""One row of so many checks what the others fit, so there must be as many; fewer tokens than this say nothing about a layer."""
 MOST_TOKENS = 65_536
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -93,7 +93,7 @@ def calibrate(
         for name, seen in group.items():
             made[name] = calibrate_layer(name, dense_weight(model.get_submodule(name)), seen, quant, updates.get(name), seed)
     layers = [_put(model, name, made.get(name), quant, name in linear) for name in names]
-    checking = sum(len(row) for row in rows[4::5])
+    checking = sum(len(row) for row in rows[CHECK_EVERY - 1 :: CHECK_EVERY])
     quality = Quality(tuple(layers), len(rows), sum(map(len, rows)), checking, 0 if lora is None else lora.rank)
     return quality, {name: one.factors for name, one in made.items() if one.factors is not None}
 

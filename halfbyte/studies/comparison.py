@@ -57,11 +57,20 @@ def _setting(results: Results, finished: Sequence[Outcome]) -> dict[str, Any]:
         "schedule": config.optim.schedule, "seeds": [config.train.seed + seed for seed in range(study.seeds)],
         "sweep_rows": results.rows["sweep-train"] if study.sweep_rows else 0, "sweep_held_out_rows": results.rows["sweep-held-out"],
         "sweep_rows_apart": results.rows["sweep_apart"], "general_text": results.general,
-        "score": None if study.score is None else {"metric": study.score.metric, "rows": min(study.score.rows, results.rows["held-out"]),
-                                                    "max_new_tokens": study.score.max_new_tokens},
+        "score": _score_setting(results),
         "threads": first.get("threads"), "jobs": study.jobs, "versions": devices.versions(),
         "machine": {key: machine[key] for key in ("cpu", "cores", "memory_bytes") if key in machine},
     }  # fmt: skip
+
+
+def _score_setting(results: Results) -> dict[str, Any] | None:
+    """What the task score is and on how many rows; a classifier's is always the accuracy on all held-out rows (judge.py)."""
+    score, held_out = results.study.score, results.rows["held-out"]
+    if score is None:
+        return None
+    if results.study.arms[0].config.model.task == "sequence-classification":
+        return {"metric": "accuracy", "rows": held_out, "max_new_tokens": 0}
+    return {"metric": score.metric, "rows": min(score.rows, held_out), "max_new_tokens": score.max_new_tokens}
 
 
 def _arm(one: Outcome, reference: Outcome | None, target: Outcome | None) -> dict[str, Any]:
