@@ -36,14 +36,15 @@ def train(result: Result) -> str:
     for precision, label in PRECISIONS.items():
         for kind, name in NAMES.items():
             arm = part["arms"][f"{kind}-{precision}"]
-            rows.append(
-                [f"{label}: {name}", f"{arm['tokens_per_second']:.0f}", f"{arm['step_seconds']:.2f}", f"{arm['peak_rss_bytes'] / 2**30:.2f}",
-                 f"{arm['startup_seconds']:.1f}", f"{arm['minor_faults_per_step']:,}"]
-            )  # fmt: skip
+            speed = [f"{arm['tokens_per_second']:.0f}", f"{arm['step_seconds']:.2f}"]
+            memory = f"{arm['peak_rss_bytes'] / 2**30:.2f}"
+            rows.append([f"{label}: {name}", *speed, memory, f"{arm['startup_seconds']:.1f}", f"{arm['minor_faults_per_step']:,}"])
     speeds = grid(["", "tokens/s", "s a step", "peak GiB", "s to start", "page faults a step"], rows)
     pairs = [
-        [f"{one['what'].replace('peak RSS', 'peak memory')}, {one['ours']} / {one['peer']}", f"{one['ratio']:.2f}", one["bar"] or "reported",
-         ", ".join(f"{value:.2f}" for value in one["rounds"])]
+        [
+            f"{one['what'].replace('peak RSS', 'peak memory')}, {one['ours']} / {one['peer']}",
+            f"{one['ratio']:.2f}", one["bar"] or "reported", ", ".join(f"{value:.2f}" for value in one["rounds"]),
+        ]
         for one in part["ratios"]
     ]  # fmt: skip
     apart = max(one["mean"] for one in part["agreement"])
@@ -71,14 +72,15 @@ def _ops(result: Result, names: Mapping[str, str]) -> str:
 
 def dequantize(result: Result) -> str:
     """Reading packed weights back."""
-    names = {"halfbyte": "Halfbyte, into a buffer", "halfbyte-new": "Halfbyte, a new tensor", "bitsandbytes": "bitsandbytes",
-             "copy": "a copy of as many bytes"}  # fmt: skip
+    ours = {"halfbyte": "Halfbyte, into a buffer", "halfbyte-new": "Halfbyte, a new tensor"}
+    names = {**ours, "bitsandbytes": "bitsandbytes", "copy": "a copy of as many bytes"}
     return _ops(result, names)
 
 
 def linear4bit(result: Result) -> str:
     """A packed linear layer, forward and backward."""
-    return _ops(result, {"halfbyte": "Halfbyte", "bf16": "dense bfloat16", "bitsandbytes": "bitsandbytes", "gemm": "the two products alone"})
+    names = {"halfbyte": "Halfbyte", "bf16": "dense bfloat16", "bitsandbytes": "bitsandbytes", "gemm": "the two products alone"}
+    return _ops(result, names)
 
 
 def head(result: Result) -> str:
