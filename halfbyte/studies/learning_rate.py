@@ -1,7 +1,7 @@
 """The learning rate for a setting, found by three to five short runs instead of believed.
 
     rates    the default x 0.3, x 1, x 3 (halfbyte/train/resolve.py has the defaults: full fine-tuning a tenth of the adapters')
-    a point is out when it diverged, when its lower neighbour is unstable, or when it is worse than its lower neighbour
+    a point is out when it diverged, when a lower rate is unstable, or when it is worse than its lower neighbour
     chosen   the lowest held-out loss of those left; equal losses give the higher rate
     edge     when the chosen rate is the highest or the lowest tried, one more beyond it (x 3, or / 3), five points at most
 

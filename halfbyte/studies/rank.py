@@ -1,12 +1,12 @@
 """Which rank?  The three stages on a model and its rows, the decision, and what r / 2, r and 2 r cost.
 
     capacity   how many bits the rows ask for                      forward only
-    gradient   which directions of the first gradient come back    three backward passes over up to `rows` rows
+    gradient   which directions of the first gradient come back    three backward passes, each over half of up to `rows` rows
     probe      a short run of a large rank, cut to smaller ones    as many steps as a tenth of the planned run, at least 30
 
 Each stage may be left out.  What is trained, on what base and at which rate is a run's own settings (RunConfig); dropout, packing and DoRA
-are left out of the trial.  Bytes are exact: 4 for each number in the file, 16 while training (value, gradient, two means of AdamW, all
-float32).  Seconds a step are an estimate: measured at one rank, and scaled by the operations of another.
+are left out of the trial.  Bytes are those of float32 throughout: 4 for each number in the file, 16 while training (value, gradient, two
+means of AdamW).  Seconds a step are an estimate: measured at one rank, and scaled by the operations of another.
 """
 
 import math
