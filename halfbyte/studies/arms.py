@@ -91,12 +91,21 @@ def _grouped(settings: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in settings.items():
         group, dot, name = key.partition(".")
         if dot and group in GROUPS:
-            made.setdefault(group, {})[name] = value
+            inner = made.setdefault(group, {})
+            if not isinstance(inner, dict) or name in inner:
+                raise _twice(f"{group}: {inner} and {key}: {value}")
+            inner[name] = value
         elif isinstance(value, Mapping):
+            if twice := sorted(set(made.get(key, {})) & set(value)):
+                raise _twice(f"{key}.{twice[0]}")
             made.setdefault(key, {}).update(value)
         else:
             made[key] = value
     return made
+
+
+def _twice(found: str) -> ConfigError:
+    return _fault("E-CONF-420", "a setting is given once", found=found, remedy="keep one of them")
 
 
 def _whole(given: Mapping[str, Any], own: Mapping[str, Any]) -> RunConfig:

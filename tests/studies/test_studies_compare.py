@@ -249,3 +249,10 @@ def test_what_only_the_end_would_find_wrong_is_refused_at_the_start(world: Path,
     with pytest.raises(DataError, match="E-DATA-411"):
         compare.run(study(world, general=str(tmp_path / "none.txt")), out, lambda text: None)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("text", ["{lora: 3, lora.rank: 2}", "{lora: {rank: 2}, lora.rank: 3}", "{lora.rank: 3, lora: {rank: 2}}"])
+def test_a_setting_that_is_given_twice_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "arms.yaml").write_text(f"a: {text}\n")
+    with pytest.raises(ConfigError, match="E-CONF-420"):
+        arms_of(None, [], {"data": "rows.jsonl"}, file=tmp_path / "arms.yaml")
