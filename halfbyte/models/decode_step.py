@@ -1,6 +1,6 @@
 """One token through a decoder layer as a list of kernels whose arguments are in place.
 
-A layer decodes a token in a third of a millisecond, and asking PyTorch for twenty small results takes longer than that.  So the
+Asking PyTorch for a layer's twenty small results takes longer than reading the weights of a small layer.  So the
 calls are prepared once for a layer: buffers for one row, weights by their addresses.  A step then runs down the list.
 
     norm, order, q k v (+ bias) (+ adapter), q/k norm, rotary | the cache takes k and v | attention, order, o, norm of the sum, order,

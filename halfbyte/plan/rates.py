@@ -2,7 +2,7 @@
 
     <cache>/rates/<machine>.json     one file for a machine (processor, cores, versions of what computes), one entry for a type and widths
 
-A rate depends on the shapes: a layer of width 576 reaches half of what one of width 4,096 does, 64 tokens half of 1,024.  So an entry
+A rate depends on the shapes: a narrow layer and few tokens reach less than a wide one and many.  So an entry
 holds curves over the number of tokens (`Curve`), measured at one model's widths, and a plan of another model takes the entry whose
 widths are nearest and says so.  Where nothing was measured there is no time; for a card of PEAKS a lower bound stands in its place.
 

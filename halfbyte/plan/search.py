@@ -21,7 +21,7 @@ from halfbyte.plan.setting import Setting
 from halfbyte.shape import ModelShape
 
 BATCH_TOKENS = {"cpu": 1024, "gpu": 8192}
-"""Tokens of a forward pass at which matrix products reach their full rate; more costs memory and gains nothing."""
+"""Tokens of a forward pass at which matrix products come near their full rate; more costs memory."""
 STATES = {"cpu": (("float32", False), ("int8", False)), "gpu": (("float32", False), ("int8", False), ("int8", True))}
 HEADROOM = 0.20
 FITS, TIGHT, NOT = "fits", "tight", "does not fit"

@@ -6,7 +6,7 @@
 
 The cost of a cut is a difference between two models on the same rows, so it varies far less from row to row than a loss does: a few dozen
 rows predict it, with the standard error that is printed.  The share of norm that a cut leaves out does not: two cuts with equal shares
-were seen to differ by 0.2 nats, because modules differ in what their norm does.  A prediction is an estimate; the rows it was made on are
+differ, because modules differ in what their norm does.  A prediction is an estimate; the rows it was made on are
 never those it is compared on.
 """
 

@@ -1,15 +1,15 @@
 """From what the stages found to one rank, with the reason in words.
 
     a probe ran       r = what it needed, doubled where the planned run is more than LONG times the probe; at least the rank of capacity
-    else              r = rank of capacity (at least FLOOR, a value that serves most rows when nothing was trained)
+    else              r = rank of capacity (at least FLOOR, a value to start from when nothing was trained)
     only a gradient   r = its median rank
     both              the gradient moves capacity's guess: one step down where its median is below r / 4, one step up where r directions
                       explain less than half; it does not move what a probe has measured
 
-The rank of a first gradient says little on models whose right rank is known (it gave 22 to 32 for 1, 4, 16 and 64), therefore its small
-part; its shares choose between modules.  Ranks are powers of two.  A long run uses more directions than a short probe shows; a probe as
-long as the run needs no such allowance.  The result is held to what memory allows.
-Measured, not proven: benchmarks/results/rank.json has the trials.
+The rank of a first gradient says little about what a run will use, therefore its small part; its shares choose between modules.
+Ranks are powers of two.  A long run uses more directions than a short probe shows; a probe as
+long as the run needs no such allowance.  The result is held to what memory allows.  `benchmarks/bench_rank.py` tries the rule on models
+whose right rank is known.
 """
 
 from dataclasses import dataclass

@@ -11,12 +11,14 @@ import torch
 import halfbyte as hb
 from halfbyte.config import load_config
 from halfbyte.data.load import TrainData, load_data
-from halfbyte.errors import AdapterError, ConfigError, HalfbyteError, ModelError
+from halfbyte.errors import AdapterError, ConfigError, DoesNotFitError, HalfbyteError, ModelError
 from halfbyte.evaluate.opened import open_model
 from halfbyte.formats import peft
 from halfbyte.lora.inject import updates
 from halfbyte.models.assemble import assemble
 from halfbyte.models.load import load_model, load_tokenizer
+from halfbyte.models.source import resolve
+from halfbyte.train import calibrated_base
 from halfbyte.train.calibrated_base import decide
 from halfbyte.train.faults import FaultStop
 from tests.end_to_end.tiny_world import rows, write_model, write_rows
@@ -141,6 +143,18 @@ def test_a_start_that_was_written_down_is_kept(world: Path, tmp_path: Path) -> N
 def test_settings_that_do_not_go_together(world: Path, tmp_path: Path, changes: dict[str, Any], code: str) -> None:
     with pytest.raises(ConfigError, match=code):
         train(world, tmp_path / "run", **changes)
+
+
+def test_dense_weights_that_do_not_fit_are_refused_before_they_are_loaded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan counts the packed base; calibrating needs the dense one beside it once."""
+    monkeypatch.setattr(calibrated_base.host, "memory_bytes", lambda: (1 << 30, 100_000))
+    config = load_config(None, flags={**settings(world), "out": str(tmp_path / "run")})
+    data = load_data(config.data, load_tokenizer(str(world / "model")))
+    with pytest.raises(DoesNotFitError, match="E-FIT-402"):
+        calibrated_base.with_calibrated_base(config, resolve(str(world / "model")), data)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_without_a_start_has_no_calibrated_init(world: Path) -> None:

@@ -3,7 +3,7 @@
     y_O = W_OI x_I (+ bias_O)
 
 Every element of W is used once, so reading it is the time it takes: 2 bytes an element in bfloat16.  The library's product is made for
-many rows and reads at half of that speed.  No gradient.
+many rows.  No gradient.
 
 Source: https://netlib.org/blas (GEMV)
 Shapes: x (1, I) or (I,), weight (O, I) of x's dtype, bias (O,) -> (1, O) or (O,); sums in float32
