@@ -7,10 +7,11 @@ Exit codes: 0 ok, 1 a bug of this program, 2 bad input, 3 environment, 4 resume 
 130 and 143 stopped by Ctrl-C and SIGTERM.
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -101,4 +102,15 @@ def _bug(error: Exception, arguments: Sequence[str]) -> str:
 
 def main() -> None:
     """Entry point of the `halfbyte` script."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        let_go(stream)
+    sys.exit(code)
+
+
+def let_go(stream: TextIO) -> None:
+    """Send what is left for a reader that has gone to nowhere: Python would try once more at exit, and end with 120."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

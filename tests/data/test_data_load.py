@@ -272,7 +272,7 @@ CHANGES: dict[str, Callable[[Path, Any, dict[str, Any]], Any]] = {
     "a byte of the file": lambda path, tokenizer, settings: path.write_text(path.read_text() + "\n"),
     "a remark in the template": lambda path, tokenizer, settings: setattr(tokenizer, "chat_template", tokenizer.chat_template + "{##}"),
     "the tokenizer": lambda path, tokenizer, settings: tokenizer.add_tokens(["zzzzzz"]),
-    "the limit": lambda path, tokenizer, settings: settings.update(max_tokens=100),
+    "a limit that cuts a row": lambda path, tokenizer, settings: settings.update(max_tokens=24, long_rows="cut-prompt"),
     "what is trained": lambda path, tokenizer, settings: settings.update(train_on="all"),
     "the number of evaluation rows": lambda path, tokenizer, settings: settings.update(eval_rows=5),
 }

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 import halfbyte as hb
+from halfbyte.cli.main import let_go
 from halfbyte.cli.main import run as command
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.opened import open_model
@@ -212,6 +213,21 @@ def test_a_template_that_writes_the_time_is_told_the_same_time_on_resume(tmp_pat
     again = hb.train(out=tmp_path / "run", resume=True, **{"train.max_steps": 4})
     assert again.summary["steps"] == 4 and first.folder == again.folder
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["template_time"] == noted
+
+
+def test_text_that_nobody_will_read_is_let_go() -> None:
+    """What is left in the buffer of a pipe whose reader has gone goes nowhere; else the next flush, at exit, would fail."""
+    for last in (let_go, lambda stream: None):
+        reader, writer = os.pipe()
+        stream = os.fdopen(writer, "w")
+        stream.write("left")
+        os.close(reader)
+        last(stream)
+        if last is let_go:
+            stream.close()
+        else:
+            with pytest.raises(BrokenPipeError):
+                stream.close()
 
 
 def test_training_goes_on_when_nobody_reads_its_lines(tmp_path: Path, tiny_folder: Path, rows_file: Path) -> None:

@@ -177,9 +177,9 @@ def test_what_was_forgotten_is_judged_with_and_without_the_adapter(world: Path, 
     order = {"run": str(tmp_path / "run"), "threads": 1, "general": str(general), "before": True, "held_out": str(rows), "samples": 2,
              "score": {"metric": "rougeL", "rows": 4, "max_new_tokens": 8}}  # fmt: skip
     found = judge.judged(order)
-    assert found["general_before"] == pytest.approx(evaluate_rows(open_model(world / "tiny"), general)["loss"], abs=1e-5)
+    assert found["general_before"] == pytest.approx(evaluate_rows(open_model(world / "tiny"), general)["loss"], abs=1e-3)
     trained = evaluate_rows(open_model(tmp_path / "run"), general)["loss"]
-    assert found["general_after"] == pytest.approx(trained, abs=1e-5) and abs(found["general_after"] - found["general_before"]) > 1e-3
+    assert found["general_after"] == pytest.approx(trained, abs=1e-3) and abs(found["general_after"] - found["general_before"]) > 1e-3
     scored = evaluate_rows(open_model(tmp_path / "run"), rows, metrics=["rougeL"], max_rows=4, max_new_tokens=8)
     assert found["score"] == pytest.approx(scored["rougeL"]) and len(found["answers"]) == 2
     texts = tmp_path / "texts.jsonl"
