@@ -16,11 +16,19 @@ class _Clean(logging.Formatter):
         return redact.terminal(redact.secrets(super().format(record)))
 
 
+class _Current(logging.StreamHandler):
+    """Writes to what standard error is when something is said, not to what it was when the logger was made."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def logger() -> logging.Logger:
     """The program's logger; level INFO on rank 0, ERROR elsewhere."""
     found = logging.getLogger("halfbyte")
     if not found.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _Current(sys.stderr)
         handler.setFormatter(_Clean("%(message)s"))
         found.addHandler(handler)
         found.propagate = False
