@@ -25,6 +25,7 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.meter import status_bytes
+from benchmarks.random_model import VOCABULARY, folder_of
 from halfbyte.plan.hardware import PROGRAM_BYTES
 
 MODELS: dict[str, dict[str, Any] | None] = {
@@ -33,7 +34,6 @@ MODELS: dict[str, dict[str, Any] | None] = {
     "deep": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 6, "num_key_value_heads": 6},
     "none": {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1},
 }
-VOCABULARY = 49152
 BASE: dict[str, Any] = {
     "model": "starter", "method": "qlora", "rank": 16, "tokens": 512, "rows": 4, "policy": "keep", "state": "float32", "dtype": "bfloat16",
     "labelled": 1.0, "packing": False,
@@ -51,27 +51,6 @@ PROGRAM: dict[str, Any] = {**BASE, "model": "none", "rank": 1, "tokens": 64, "ro
 STEPS = 3
 CODE = ("kernels", "models", "quant", "lora", "optim", "data/batches.py", "train/step.py", "train/loss.py", "devices.py")
 ALLOWED = {"prediction": 0.10, "policy": 0.15}
-
-
-def make_model(name: str, work: Path) -> str:
-    """A folder with random weights; the starter by its name."""
-    sizes = MODELS[name]
-    if sizes is None:
-        return "starter"
-    folder = work / name
-    if not (folder / "tokenizer_config.json").exists():
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        from halfbyte.models.source import resolve
-
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, **sizes))
-        model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
-        starter = resolve("starter").folder
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            (folder / file).write_bytes((starter / file).read_bytes())
-    return str(folder)
 
 
 def run_config(setting: dict[str, Any], folder: str) -> Any:
@@ -248,16 +227,16 @@ def main() -> int:
         return 0
     options.work.mkdir(parents=True, exist_ok=True)
     rows = []
-    nothing = measured(PROGRAM, make_model("none", options.work), options)
+    nothing = measured(PROGRAM, folder_of(options.work / "none", MODELS["none"]), options)
     program = nothing["measured_bytes"] - sum(
-        size for name, size in predict(PROGRAM, make_model("none", options.work))["terms"].items() if name != "program"
+        size for name, size in predict(PROGRAM, folder_of(options.work / "none", MODELS["none"]))["terms"].items() if name != "program"
     )
     print(f"program {program / 2**20:.0f} MiB; the plan takes {PROGRAM_BYTES['cpu'] / 2**20:.0f} MiB", flush=True)
     for number, change in enumerate(CHANGES):
         if options.only is not None and number not in options.only:
             continue
         setting = {**BASE, **change}
-        folder = make_model(setting["model"], options.work)
+        folder = folder_of(options.work / setting["model"], MODELS[setting["model"]])
         figures = {**measured(setting, folder, options), **predict(setting, folder)}
         ratio = figures["predicted_bytes"] / figures["measured_bytes"]
         rows.append({"setting": setting, **figures, "predicted_over_measured": ratio})

@@ -23,11 +23,11 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.bench_train import code_digest
+from benchmarks.random_model import VOCABULARY, folder_of
 
 SMALL: dict[str, Any] = {
     "hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 6, "num_key_value_heads": 2,
 }  # fmt: skip
-VOCABULARY = 49152
 BASE: dict[str, Any] = {
     "model": "starter", "method": "qlora", "rank": 16, "shortest": 64, "longest": 256, "micro_batch_size": 4, "global_batch_size": 8,
     "policy": "keep", "packing": False, "labelled": 0.5,
@@ -43,26 +43,6 @@ SMOKE: dict[str, Any] = {"model": "small", "shortest": 16, "longest": 32, "micro
 PACKED_TOKENS, ROWS = 512, 64
 WARM_UP, STEPS = 2, 7
 WITHIN, WANTED = 0.25, 6
-
-
-def make_model(name: str, work: Path) -> str:
-    """A folder with random weights; the starter by its name."""
-    if name == "starter":
-        return name
-    folder = work / name
-    if not (folder / "tokenizer_config.json").exists():
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        from halfbyte.models.source import resolve
-
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, **SMALL))
-        model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
-        starter = resolve("starter").folder
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            (folder / file).write_bytes((starter / file).read_bytes())
-    return str(folder)
 
 
 def lengths_of(setting: dict[str, Any]) -> list[int]:
@@ -164,7 +144,7 @@ def one_setting(number: int, setting: dict[str, Any], options: argparse.Namespac
         known = json.loads(path.read_text())
         if known["code"] == code and known["setting"] == setting:
             return dict(known)
-    folder = make_model(setting["model"], options.work)
+    folder = folder_of(options.work / setting["model"], None if setting["model"] == "starter" else SMALL)
     before = calibrated(setting, folder)
     command = [sys.executable, "-m", "benchmarks.bench_time", "--one", json.dumps({"setting": setting, "folder": folder})]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=record.ROOT)

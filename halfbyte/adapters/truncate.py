@@ -90,7 +90,7 @@ class Whole:
         named = tuple(targets) if isinstance(targets, list) else tuple(name for name, kind in kinds.items() if kind != "experts")
         return peft.save(
             out, cut.tensors, cut.config, kinds=kinds, targets=named, parameters=tuple(raw["target_parameters"] or ()),
-            task=adapter.task, base_name=adapter.base_name, base_digest=adapter.base_digest, loftq=adapter.loftq,
+            task=adapter.task, base_name=adapter.base_name, revision=raw["revision"], base_digest=adapter.base_digest, loftq=adapter.loftq,
             notes=(f"Truncated from an adapter of rank {adapter.config.rank}.",),
         )  # fmt: skip
 

@@ -148,9 +148,15 @@ def write_base(source: Source, rows: Sequence[Sequence[int]], out: Path, how: Ca
             (made / REPORT).write_text(json.dumps(quality.as_dict(), indent=1) + "\n", encoding="utf-8")
             if how.lora is not None:
                 _write_start(model, made, out, how, factors)
+            before = Path(temporary) / "old"
             if out.exists():
-                out.rename(Path(temporary) / "old")
-            made.rename(out)
+                out.rename(before)
+            try:
+                made.rename(out)
+            except OSError:
+                if before.exists():
+                    before.rename(out)
+                raise
     except OSError as fault:
         raise _unwritable(fault, out) from fault
     return quality

@@ -1,7 +1,7 @@
 """`halfbyte rank`: which rank a model needs for some rows, what rank a trained adapter uses, and an adapter of smaller rank."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,6 +32,8 @@ Truncate = Annotated[int | None, typer.Option("--truncate", metavar="R", help="W
 Joint = Annotated[bool, typer.Option("--joint", help="With --truncate: the same parameters, given to the modules that need them.")]
 To = Annotated[Path | None, typer.Option("--to", metavar="FOLDER", help="New folder for the truncated adapter.")]
 MaxRows = Annotated[int | None, typer.Option("--max-rows", metavar="N", help="With --adapter: only the first N rows of --data.")]
+MEASURED: dict[str, Any] = {"stages": "capacity,gradient,probe", "task": "instructions", "rows": 256, "probe_rank": 64}
+"""What is measured where nothing else is asked for."""
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -40,10 +42,10 @@ def rank(
     model: Model = None,
     data: Data = None,
     method: Method = None,
-    stages: Stages = "capacity,gradient,probe",
-    task: Task = "instructions",
-    rows: Rows = 256,
-    probe_rank: ProbeRank = 64,
+    stages: Stages = MEASURED["stages"],
+    task: Task = MEASURED["task"],
+    rows: Rows = MEASURED["rows"],
+    probe_rank: ProbeRank = MEASURED["probe_rank"],
     probe_steps: ProbeSteps = None,
     modules: Modules = False,
     adapter: Adapter = None,
@@ -64,7 +66,9 @@ def rank(
 
     from halfbyte.cli.terminal import say
 
-    _require_fit(settings, model, data, adapter, truncate, joint, to, max_rows)
+    asked = {"stages": stages, "task": task, "rows": rows, "probe_rank": probe_rank}
+    measuring = asked != MEASURED or modules or method is not None or probe_steps is not None or bool(settings) or model is not None
+    _require_fit(measuring, data, adapter, truncate, joint, to, max_rows, force_base)
     if adapter is not None:
         text, values = _look(adapter, data, truncate, joint, to, max_rows, allow_download, force_base)
     else:
@@ -85,17 +89,17 @@ def rank(
 
 
 def _require_fit(
-    settings: list[str] | None, model: str | None, data: str | None, adapter: Path | None, truncate: int | None, joint: bool,
-    to: Path | None, max_rows: int | None,
+    measuring: bool, data: str | None, adapter: Path | None, truncate: int | None, joint: bool, to: Path | None, max_rows: int | None,
+    force_base: bool,
 ) -> None:  # fmt: skip
     """Options that have no effect together are refused."""
     from halfbyte.errors import ConfigError
 
     wrong = ""
-    if adapter is None and (truncate is not None or to is not None or joint or max_rows is not None):
-        wrong = "--truncate, --joint, --to and --max-rows without --adapter"
-    elif adapter is not None and (settings or model is not None):
-        wrong = "--adapter with settings or --model"
+    if adapter is None and (truncate is not None or to is not None or joint or max_rows is not None or force_base):
+        wrong = "--truncate, --joint, --to, --max-rows and --force-base without --adapter"
+    elif adapter is not None and measuring:
+        wrong = "--adapter with settings, --model or what is measured on a model (--method, --stages, --task, --rows, --probe-rank ...)"
     elif truncate is None and (joint or to is not None):
         wrong = "--joint or --to without --truncate"
     elif truncate is not None and to is None:

@@ -26,35 +26,42 @@ FEW = 4
 """Sequences that are decoded on own ops at once: as many as kernels/matmul_4bit multiplies without making a weight dense."""
 
 @dataclass
-class Rows:
-    """starts (S + 1,) int32 on the CPU: boundaries of samples in the flat order of tokens; rows and width of the batch."""
+class _Tokens:
+    """A batch of `rows` times `width` tokens in flat order."""
 
-    starts: Tensor
     rows: int
     width: int
-    _angles: dict[int, tuple[Any, Tensor, Tensor]] = field(default_factory=dict)
+    _angles: dict[int, tuple[Any, Tensor, Tensor]] = field(default_factory=dict, kw_only=True)
+
+    def angles(self, pair: Any) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each (rows * width, R) in float32 (float64 stays), of what the rotary embedding gave as (1 or rows, width, R).
+
+        Made once per pair: all layers of a call share it.
+        """
+        known = self._angles.get(id(pair))
+        if known is None:
+            flat = [part.expand(self.rows, -1, -1).reshape(self.rows * self.width, -1) for part in pair]
+            cos, sin = (part.to(torch.promote_types(part.dtype, torch.float32)).contiguous() for part in flat)
+            known = self._angles[id(pair)] = (pair, cos, sin)
+        return known[1], known[2]
+
+
+@dataclass
+class Rows(_Tokens):
+    """starts (S + 1,) int32 on the CPU: boundaries of samples in the flat order of tokens."""
+
+    starts: Tensor
 
     def attend(self, attention: Any, plan: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(tokens, heads, D) of q (tokens, heads, D), k and v (tokens, groups, D): each sample sees itself."""
         return packed_attention(q, k, v, self.starts, plan.scaling, plan.window, plan.softcap)
 
-    def angles(self, pair: Any) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each (rows * width, R), of what the model's rotary embedding gave as (1 or rows, width, R); made once per pair."""
-        known = self._angles.get(id(pair))
-        if known is None:
-            cos, sin = (part.expand(self.rows, -1, -1).reshape(self.rows * self.width, -1) for part in pair)
-            known = self._angles[id(pair)] = (pair, cos.contiguous(), sin.contiguous())
-        return known[1], known[2]
-
 
 @dataclass
-class Step:
+class Step(_Tokens):
     """Decoding: one new token of each of `rows` sequences of one length, behind the keys and values in `cache`."""
 
     cache: DynamicCache
-    rows: int
-    width: int = 1
-    _angles: dict[int, tuple[Any, Tensor, Tensor]] = field(default_factory=dict)
 
     def attend(self, attention: Any, plan: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(rows, heads, D) of q (rows, heads, D), k and v (rows, groups, D), which the cache takes."""
@@ -62,14 +69,6 @@ class Step:
         if 0 < plan.window < keys.shape[2]:
             keys, values = keys[:, :, -plan.window :], values[:, :, -plan.window :]
         return cached_attention(q, keys, values, plan.scaling, plan.softcap)
-
-    def angles(self, pair: Any) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each (rows, R) float32, of the new tokens; made once per pair."""
-        known = self._angles.get(id(pair))
-        if known is None:
-            cos, sin = (part.expand(self.rows, -1, -1)[:, 0].float().contiguous() for part in pair)
-            known = self._angles[id(pair)] = (pair, cos, sin)
-        return known[1], known[2]
 
 
 class RowMask(Tensor):
@@ -112,7 +111,7 @@ def rows_from(shape: tuple[int, int], attention_mask: Tensor | None, position_id
             return None
         begins[:, 1:] |= (position_ids[:, 1:] - position_ids[:, :-1] != 1).cpu()
     starts = torch.cat([begins.reshape(-1).nonzero().reshape(-1), torch.tensor([count * width])]).to(torch.int32)
-    return Rows(starts, count, width)
+    return Rows(count, width, starts)
 
 
 def with_rows(backbone: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -137,7 +136,7 @@ def with_rows(backbone: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, 
     if cache is not None:
         if mask is not None and (mask.ndim != 2 or not bool(mask.all())):
             return None
-        call["attention_mask"] = mask_with(Step(cache, seen.shape[0]))
+        call["attention_mask"] = mask_with(Step(seen.shape[0], 1, cache))
         return (), call
     rows = rows_from((seen.shape[0], seen.shape[1]), mask, call.get("position_ids"))
     if rows is None:

@@ -51,6 +51,10 @@ def arms_of(
 
     Raises ConfigError.
     """
+    for one in overrides:
+        key = one.partition("=")[0].strip()
+        if key in OWN:
+            raise _fault("E-CONF-421", "a comparison chooses this itself", place=key, found=one, remedy="see --methods, --arms and --out")
     own = {name: _method(name) for name in methods}
     for name, values in (_named(file) if file is not None else {}).items():
         if name in own:

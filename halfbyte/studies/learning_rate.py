@@ -168,7 +168,8 @@ def find(folder: Folder, name: str, config: RunConfig, *, rows: Path, count: int
 
     try_at(1.0, config.optim.learning_rate)
     for factor in FACTORS:
-        try_at(factor, _rounded(rates[1.0] * factor))
+        if rates[1.0] * factor <= HIGHEST:
+            try_at(factor, _rounded(rates[1.0] * factor))
     while (further := next_rate(points := _points(outcomes))) is not None:
         try_at(further / rates[1.0], further)
     reasons, best = judge(points)
