@@ -14,10 +14,9 @@ Source: https://arxiv.org/abs/2306.00978 (AWQ, activation-weighted error), https
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from halfbyte.kernels.quantize_blockwise.reference import thresholds_of
+from halfbyte.kernels.search_scales import search_scales
 from halfbyte.quant import blockwise
 from halfbyte.quant.codebooks import CODEBOOKS
 from halfbyte.quant.quant_state import QuantState
@@ -25,7 +24,6 @@ from halfbyte.quant.quant_state import QuantState
 GRID = tuple(round(0.70 + 0.02 * step, 2) for step in range(18))
 """Multiples of the largest magnitude that are tried: 0.70, 0.72, ... 1.04; 1.00, the plain scale, is among them."""
 FLOOR = 0.01
-PIECE = 1 << 16  # elements worked on at a time: the temporaries stay in a core's cache
 
 
 def importance_of(diagonal_I: Tensor) -> Tensor:
@@ -42,47 +40,6 @@ def quantize_weighted(
 ) -> tuple[Tensor, QuantState]:
     """(packed, state) as `quant.blockwise.quantize` gives them, with searched scales.  Raises WeightError where it is not finite."""
     blockwise.refuse_non_finite(weight_OI, name)
-    absmax = _searched(weight_OI, importance_I, format, blocksize)
+    multiples = torch.tensor(GRID, dtype=torch.float32, device=weight_OI.device)
+    absmax = search_scales(weight_OI, importance_I, CODEBOOKS[format].to(weight_OI.device), multiples, blocksize)
     return blockwise.pack_with_scales(weight_OI, absmax, format, blocksize, double_quant)
-
-
-def _searched(weight_OI: Tensor, importance_I: Tensor, format: str, blocksize: int) -> Tensor:
-    """(N,) the best scale of each block before double quantization."""
-    levels = CODEBOOKS[format].sort().values
-    thresholds = thresholds_of(levels)[0].tolist()
-    rows, columns = weight_OI.shape
-    step = max(1, PIECE // blocksize) * blocksize
-    flat = weight_OI.reshape(-1)
-    found = []
-    for start in range(0, rows * columns, step):
-        piece = flat[start : start + step].float()
-        column = torch.arange(start, start + piece.numel(), device=piece.device) % columns
-        fill = -piece.numel() % blocksize
-        blocks = F.pad(piece, (0, fill)).view(-1, blocksize)
-        found.append(_best_scales(blocks, F.pad(importance_I[column], (0, fill)).view(-1, blocksize), levels.tolist(), thresholds))
-    return torch.cat(found)
-
-
-def _nearest(scaled_NK: Tensor, levels: list[float], thresholds: list[float]) -> Tensor:
-    """The level nearest to each number: the lowest, and a step up for each threshold below it.
-
-    15 comparisons over the whole piece are five times as fast here as a binary search for each number.
-    """
-    near, above = torch.full_like(scaled_NK, levels[0]), torch.empty_like(scaled_NK)
-    for threshold, lower, higher in zip(thresholds, levels, levels[1:], strict=False):
-        near.add_(torch.gt(scaled_NK, threshold, out=above), alpha=higher - lower)
-    return near
-
-
-def _best_scales(weight_NK: Tensor, importance_NK: Tensor, levels: list[float], thresholds: list[float]) -> Tensor:
-    """(N,) the scale of the grid with the least weighted error, block by block; the first of equals."""
-    absmax = weight_NK.abs().amax(dim=1)
-    best, least = absmax.clone(), torch.full_like(absmax, torch.inf)
-    for multiple in GRID:
-        scale = absmax * multiple
-        inverse = torch.where(scale > 0, 1 / scale, 0)
-        near = _nearest(weight_NK * inverse[:, None], levels, thresholds)
-        error = torch.addcmul(weight_NK, near, scale[:, None], value=-1).square_().mul_(importance_NK).sum(dim=1)
-        better = error < least
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    return best

@@ -61,6 +61,7 @@ def _torch(device: str) -> str:
 # op -> implementations, fastest first
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[[str], str]]] = {
     "quantize_blockwise": {"cpu": _cpu, "triton": _triton, "reference": _reference},
+    "search_scales": {"cpu": _cpu, "reference": _reference},
     "dequantize_blockwise": {"cpu": _cpu, "triton": _triton, "reference": _reference},
     "matmul_4bit": {"cpu": _cpu, "triton": _triton, "reference": _reference},
     "linear_cross_entropy": {"cpu": _cpu, "triton": _triton, "reference": _reference},

@@ -3,6 +3,7 @@
 from tests.mutants.mutant import Mutant
 
 _MOMENTS, _TEST_MOMENTS = "halfbyte/calibrate/moments.py", "tests/calibrate/test_calibrate_moments.py::"
+_SEARCH, _TEST_SEARCH = "halfbyte/kernels/search_scales/", "tests/kernels/test_kernels_search_scales.py::"
 _SCALES, _TEST_SCALES = "halfbyte/calibrate/scales.py", "tests/calibrate/test_calibrate_scales.py::"
 _LOW_RANK, _TEST_LOW_RANK = "halfbyte/calibrate/low_rank.py", "tests/calibrate/test_calibrate_low_rank.py::"
 _BASE, _TEST_BASE = "halfbyte/calibrate/base.py", "tests/calibrate/test_calibrate_base.py::"
@@ -25,10 +26,15 @@ MUTANTS = [
         _TEST_MOMENTS + "test_sums_are_those_of_the_inputs",
     ),
     Mutant(
-        "T47", "a shorter last block is searched without its last elements", _SCALES,
+        "T47", "a shorter last block keeps the plain scale", _SEARCH + "cpu.py", "        scales[whole:] = reference.search_scales(",
+        "        scales[whole:] = last.abs().max()\n        reference.search_scales(",
+        _TEST_SEARCH + "test_the_kernel_is_as_good_as_the_reference",
+    ),
+    Mutant(
+        "T47", "the reference searches a shorter last block without its last elements", _SEARCH + "reference.py",
         "        fill = -piece.numel() % blocksize", "        piece = piece[: max(1, piece.numel() // blocksize) * blocksize]\n"
         "        column, fill = column[: len(piece)], -piece.numel() % blocksize",
-        _TEST_SCALES + "test_scales_are_the_best_of_the_grid",
+        _TEST_SEARCH + "test_the_kernel_is_as_good_as_the_reference",
     ),
     Mutant(
         "T49", "a scale of zero is divided by", "halfbyte/quant/blockwise.py", "    divisors = torch.where(scales == 0, 1.0, scales)",
@@ -39,10 +45,18 @@ MUTANTS = [
         _TEST_SCALES + "test_weights_that_are_not_finite_are_refused",
     ),
     Mutant(
-        "T51", "blocks take the importance of the first columns wherever they begin", _SCALES,
+        "T51", "blocks take the importance of the first columns wherever they begin", _SEARCH + "cpu.py",
+        "            column = start % columns", "            column = 0", _TEST_SCALES + "test_scales_are_the_best_of_the_grid",
+    ),
+    Mutant(
+        "T51", "the reference takes the importance of the first columns for every piece", _SEARCH + "reference.py",
         "        column = torch.arange(start, start + piece.numel(), device=piece.device) % columns",
         "        column = torch.arange(piece.numel(), device=piece.device) % blocksize % columns",
-        _TEST_SCALES + "test_scales_are_the_best_of_the_grid",
+        _TEST_SEARCH + "test_the_kernel_is_as_good_as_the_reference",
+    ),
+    Mutant(
+        "T50", "a scale that overflowed is taken", _SEARCH + "cpu.py", "                if found < least:",
+        "                if not found > least:", _TEST_SEARCH + "test_where_no_error_is_a_number_the_plain_scale_stays",
     ),
     Mutant(
         "T53", "codes are picked before the scales are quantized to 8 bits", "halfbyte/quant/blockwise.py",
@@ -50,8 +64,9 @@ MUTANTS = [
         _TEST_SCALES + "test_codes_are_picked_for_the_scale_as_it_reads_back",
     ),
     Mutant(
-        "T53", "the search is by the error of the weight alone", _SCALES, ".square_().mul_(importance_NK).sum(dim=1)",
-        ".square_().sum(dim=1)", _TEST_SCALES + "test_scales_are_the_best_of_the_grid",
+        "T53", "the search is by the error of the weight alone", _SEARCH + "cpu.py",
+        "fused(times(gap, gap), load16(importance, column + i), error)",
+        "fused(gap, gap, error)", _TEST_SCALES + "test_scales_are_the_best_of_the_grid",
     ),
     Mutant(
         "T48", "the first 4 bits of a byte hold the second element", "halfbyte/quant/blockwise.py",
