@@ -160,8 +160,6 @@ def find(folder: Folder, name: str, config: RunConfig, *, rows: Path, count: int
         folder.say(f"{at}: learning rate {rate if isinstance(rate, str) else format(rate, '.3g')}")
         outcome = train(folder, at, short(config, rows, count, held_out, rate))
         drop_weights(folder.path / at)
-        if outcome["status"] == "does not fit":  # tried again by the same command, when there may be more room
-            (folder.path / f"{at}.json").unlink(missing_ok=True)
         if outcome["status"] == "does not fit" or "rate" not in outcome:
             raise failure(DOES_NOT_FIT if outcome["status"] == "does not fit" else DIVERGED, folder.path / f"{at}.log")
         outcomes[factor], rates[factor] = outcome, float(outcome["rate"])

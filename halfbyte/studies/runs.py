@@ -45,6 +45,8 @@ KEPT = (
     "steps", "total_steps", "tokens", "seconds", "peak_memory_bytes", "weight_bytes", "trainable_params", "total_params", "trainable_share",
     "first_eval_loss", "last_eval_loss", "final_eval_loss", "adapter_bytes", "model_bytes", "micro_batch_size", "activations",
 )  # fmt: skip
+PARTS = ("rows", "bases", "sweep", "points", "runs", "judged")
+"""What the stages of a study leave in its folder."""
 Say = Callable[[str], None]
 
 
@@ -118,8 +120,16 @@ def _damaged(path: Path, found: str) -> CheckpointError:
 
 
 def require_same(path: Path, now: dict[str, Any]) -> None:
-    """The study described by `now` begins, or goes on, where `path` describes one.  Raises CheckpointError where that is another."""
+    """The study described by `now` begins, or goes on, where `path` describes one.
+
+    Where that is another one: it is replaced if none of its runs took a step, for a first command that was refused leaves nothing worth
+    keeping; otherwise CheckpointError.
+    """
     before = read_json(path)
+    if before is not None and before != now and not any(path.parent.rglob("metrics.jsonl")):
+        for part in PARTS:
+            shutil.rmtree(path.parent / part, ignore_errors=True)
+        before = None
     if before is None:
         write_json(path, now)
     elif before != now:
@@ -203,7 +213,8 @@ def train(folder: Folder, name: str, config: RunConfig) -> dict[str, Any]:
         code = call(folder, ["halfbyte", "train", str(settings), *(["--resume"] if resume else [])], log)
         if code in (DIVERGED, DOES_NOT_FIT):
             outcome = unfinished(run, "diverged" if code == DIVERGED else "does not fit", last_words(log))
-            write_json(at.with_name(at.name + ".json"), outcome)
+            if code == DIVERGED:  # what does not fit is tried again by the same command: there may be more room then
+                write_json(at.with_name(at.name + ".json"), outcome)
             return outcome
         if code:
             raise failure(code, log)

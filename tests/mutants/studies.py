@@ -9,6 +9,16 @@ IN_COMPARE, IN_TABLE, IN_RATE, IN_MEASURES = (
 )
 
 MUTANTS = [
+    Mutant(
+        "T71", "a study with runs is replaced by one of other settings", "halfbyte/studies/runs.py",
+        ' and not any(path.parent.rglob("metrics.jsonl"))', "",
+        "tests/studies/test_studies_compare.py::test_other_settings_or_other_rows_do_not_go_on_in_the_same_folder",
+    ),
+    Mutant(
+        "T71", "a base made for other settings stays when a study is replaced", "halfbyte/studies/runs.py",
+        "            shutil.rmtree(path.parent / part, ignore_errors=True)\n        before", "            pass\n        before",
+        "tests/studies/test_studies_compare.py::test_a_first_command_that_was_refused_can_be_corrected",
+    ),
     Mutant("T0", "an interval over three seeds as if there were many", MEASURES,
            "T_975[min(len(values) - 1, len(T_975)) - 1]", "1.96",
            IN_MEASURES + "test_the_interval_is_students_not_the_normal_distributions"),

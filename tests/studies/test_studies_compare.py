@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,8 @@ def test_other_settings_or_other_rows_do_not_go_on_in_the_same_folder(world: Pat
     """# T71 a kept outcome belongs to its settings and its rows."""
     runs.write_json(tmp_path / "study.json", study(world).identity())
     runs.require_same(tmp_path / "study.json", study(world).identity())
+    (tmp_path / "runs" / "full" / "seed-0").mkdir(parents=True)
+    (tmp_path / "runs" / "full" / "seed-0" / "metrics.jsonl").touch()
     with pytest.raises(CheckpointError, match="other seeds"):
         runs.require_same(tmp_path / "study.json", study(world, seeds=2).identity())
     from halfbyte.studies import rows
@@ -113,6 +116,19 @@ def test_other_settings_or_other_rows_do_not_go_on_in_the_same_folder(world: Pat
     tiny_world.write_rows(data, tiny_world.rows(30, seed=1))
     with pytest.raises(CheckpointError, match="rows it began with"):
         rows.prepare(tmp_path, config, sweep_rows=10)
+
+
+def test_a_first_command_that_was_refused_can_be_corrected(world: Path, tmp_path: Path) -> None:
+    """# T71 nothing was trained yet, so the folder holds no outcome that could pass for one of other settings; what it made goes."""
+    wrong = arms_of(None, SETTINGS, {"model": str(tmp_path / "typo"), "data": str(world / "rows.jsonl")}, methods=["full", "lora"])
+    with pytest.raises(ConfigError):
+        compare.run(replace(study(world), arms=tuple(wrong)), tmp_path / "out", lambda text: None)
+    left = tmp_path / "out" / "bases" / "qlora-calibrated.json"
+    left.parent.mkdir()
+    left.write_text("{}")
+    runs.require_same(tmp_path / "out" / "study.json", study(world).identity())
+    assert runs.read_json(tmp_path / "out" / "study.json") == study(world).identity()
+    assert not left.exists() and not (tmp_path / "out" / "rows").exists()
 
 
 def test_all_runs_get_the_same_rows_and_evaluation_and_each_its_seed_and_rate(world: Path, tmp_path: Path) -> None:
@@ -198,7 +214,8 @@ def test_a_setting_that_runs_out_of_memory_is_a_line_of_the_table(world: Path, t
     comparison_files.write(made, tmp_path / "out")
     assert "does not fit" in (tmp_path / "out" / "comparison.txt").read_text()
     monkeypatch.delenv("HALFBYTE_FAULTS")
-    assert comparison.numbers(compare.run(alone, tmp_path / "out", lambda text: None)) == made  # an outcome is kept like any other
+    again = comparison.numbers(compare.run(alone, tmp_path / "out", lambda text: None))
+    assert again["arms"][0]["status"] == "finished"  # there is more room now: it is tried again
 
 
 def test_a_run_that_diverges_or_does_not_fit_is_an_outcome_and_any_other_fault_ends_the_study(tmp_path: Path) -> None:
@@ -256,3 +273,9 @@ def test_a_setting_that_is_given_twice_is_refused(text: str, tmp_path: Path) -> 
     (tmp_path / "arms.yaml").write_text(f"a: {text}\n")
     with pytest.raises(ConfigError, match="E-CONF-420"):
         arms_of(None, [], {"data": "rows.jsonl"}, file=tmp_path / "arms.yaml")
+
+
+@pytest.mark.parametrize("text", ["method=lora", "out=elsewhere", " out =elsewhere"])
+def test_what_the_comparison_chooses_is_not_given_for_all(text: str) -> None:
+    with pytest.raises(ConfigError, match="E-CONF-421"):
+        arms_of(None, [text], {"data": "rows.jsonl"}, methods=["full", "lora"])

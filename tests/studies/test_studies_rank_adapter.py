@@ -102,7 +102,9 @@ def test_the_command_shows_cuts_and_measures(trained: tuple[Path, Path], tmp_pat
     [(("--truncate", 4), "E-CONF-545"), (("--adapter", "RUN", "--truncate", 4), "E-CONF-545"),
      (("--adapter", "RUN", "--joint"), "E-CONF-545"),
      (("--adapter", "RUN", "--model", "starter"), "E-CONF-545"), (("--adapter", "RUN", "--truncate", 0, "--to", "TO"), "E-ADAPT-093"),
-     (("--adapter", "RUN", "--max-rows", 3), "E-CONF-545"),
+     (("--adapter", "RUN", "--max-rows", 3), "E-CONF-545"), (("--adapter", "RUN", "--rows", 9), "E-CONF-545"),
+     (("--adapter", "RUN", "--stages", "capacity"), "E-CONF-545"), (("--adapter", "RUN", "--method", "lora"), "E-CONF-545"),
+     (("--adapter", "RUN", "--modules"), "E-CONF-545"), (("--force-base", "--model", "starter"), "E-CONF-545"),
      (("--adapter", "RUN", "--truncate", 2, "--to", "TO", "--data", "NONE"), "E-DATA-001"),
      (("--adapter", "NONE"), "E-ADAPT-031")],
 )  # fmt: skip
