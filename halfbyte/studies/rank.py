@@ -23,6 +23,8 @@ from halfbyte.errors import ConfigError, DataError, nearest
 from halfbyte.models.assemble import Assembled, assemble
 from halfbyte.models.load import load_tokenizer, token_limit
 from halfbyte.models.source import resolve
+from halfbyte.plan.memory import INT8_BLOCKSIZE
+from halfbyte.quant.storage_cost import WIDTHS
 from halfbyte.studies.rank_capacity import TASKS, Capacity, capacity
 from halfbyte.studies.rank_decision import MOST, Decision, decide
 from halfbyte.studies.rank_gradient import Gradient, gradient_spectrum, module_ranks
@@ -33,7 +35,6 @@ from halfbyte.train.resolve import learning_rate, total_steps
 STAGES = ("capacity", "gradient", "probe")
 TOKENS_AT_ONCE, HELD_OUT_ROWS, PIECE = 1024, 96, 4
 PROBE_SHARE, PROBE_LEAST = 0.1, 30
-FILE_BYTES, TRAINING_BYTES = 4, 16
 
 
 @dataclass(frozen=True)
@@ -144,13 +145,14 @@ def measure(config: RunConfig, ask: Ask, data: TrainData, assembled: Assembled) 
             problem, rank=ask.probe_rank, steps=length, recover_steps=math.ceil(RECOVER_SHARE * length), rate=rate_of(config, assembled)
         )  # fmt: skip
         held = held.with_floor(probe.loss) if held is not None else None
-    most = max(1, host.memory_bytes()[1] // 2 // (TRAINING_BYTES * rank_one)) if problem.device.type == "cpu" else MOST
+    stored, training = bytes_of_a_parameter(config)
+    most = max(1, host.memory_bytes()[1] // 2 // int(training * rank_one)) if problem.device.type == "cpu" else MOST
     decision = decide(held, gradient, probe, planned_steps=steps, most=min(MOST, most))
     trained = sum(sum(label != -100 for label in example.labels[1:]) for example in data.train)
     per_step = trained / len(data.train) * config.train.global_batch_size
     timing = timing_of(gradient, probe, rank_one, assembled.total_params, per_step)
     ranks = sorted({max(1, decision.rank // 2), decision.rank, decision.rank * 2})
-    choices = tuple(choice(rank, rank_one, probe, timing) for rank in ranks)
+    choices = tuple(choice(rank, rank_one, probe, timing, stored, training) for rank in ranks)
     modules = module_ranks(gradient, decision.rank) if gradient is not None else {}
     return Recommendation(
         decision, choices, held, gradient, probe, modules, config.lora.alpha, config.lora.rslora, steps,
@@ -221,13 +223,22 @@ def timing_of(
     return lambda rank: measured * tokens_per_step * (4 * total_params + 6 * rank_one * rank) / (4 * total_params + 6 * rank_one * at)
 
 
-def choice(rank: int, rank_one: int, probe: Probe | None, timing: Callable[[int], float] | None) -> Choice:
+def bytes_of_a_parameter(config: RunConfig) -> tuple[int, float]:
+    """(in the file, while training) of one adapter weight: itself, its gradient, its optimizer state and, of 16 bits, its master."""
+    width = WIDTHS[config.lora.dtype]
+    state = 8.0 if config.optim.state == "float32" else 2 + 8 / INT8_BLOCKSIZE
+    return width, 2 * width + state + (0 if config.lora.dtype == "float32" else 4)
+
+
+def choice(
+    rank: int, rank_one: int, probe: Probe | None, timing: Callable[[int], float] | None, stored: int, training: float
+) -> Choice:
     """What one rank costs and is predicted to reach."""
     point = predicted(probe.points, rank) if probe is not None else None
     parameters = rank_one * rank
     best = min(loss for loss in (one.loss for one in probe.points.values()) if loss is not None) if probe is not None else None
     return Choice(
-        rank, parameters, FILE_BYTES * parameters, TRAINING_BYTES * parameters, None if timing is None else timing(rank), point,
+        rank, parameters, stored * parameters, round(training * parameters), None if timing is None else timing(rank), point,
         None if point is None or best is None else point - best,
     )  # fmt: skip
 

@@ -17,6 +17,7 @@ from halfbyte.cli.main import run
 from halfbyte.config import load_config
 from halfbyte.lora.inject import updates
 from halfbyte.studies import rank_problem
+from halfbyte.studies.rank import bytes_of_a_parameter
 from halfbyte.studies.rank_capacity import Capacity, new_share
 from halfbyte.studies.rank_decision import decide
 from halfbyte.studies.rank_gradient import Gradient, ModuleGradient, gradient_spectrum, module_ranks
@@ -149,6 +150,13 @@ def test_the_benchmark_judges_by_its_rule() -> None:
     assert judged(losses, 8)["passed"] and judged(losses, 8)["smallest"] == 4
     assert not judged(losses, 16)["passed"] and not judged(losses, 1)["passed"]
     assert judged(losses, 8)["score"] < judged(losses, 8)["score_always_16"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(("dtype", "state", "wanted"), [("float32", "float32", (4, 16)), ("bfloat16", "float32", (2, 16)),
+                                                        ("float32", "int8", (4, 10.03125)), ("bfloat16", "int8", (2, 10.03125))])  # fmt: skip
+def test_bytes_follow_the_types_of_adapter_and_optimizer(dtype: str, state: str, wanted: tuple[int, float]) -> None:
+    """Weight and gradient, moments of 4 bytes each or of 1 and a scale for 256, and float32 masters beside 16-bit weights."""
+    assert bytes_of_a_parameter(load_config(None, [f"lora.dtype={dtype}", f"optim.state={state}", "data=rows.jsonl"])) == wanted
 
 
 @pytest.fixture(scope="module")
