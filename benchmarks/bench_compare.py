@@ -47,12 +47,24 @@ def command(name: str, files: dict[str, Path], out: Path, options: argparse.Name
     metric, longest = SCORES[name]
     return [
         sys.executable, "-m", "halfbyte", "compare", "--model", "starter", "--data", str(files["train"]), "--out", str(out),
-        "--methods", options.methods, "--seeds", str(options.seeds), "--sweep-rows", str(options.sweep_rows),
+        *settings(files["train"].with_name(f"{name}-settings.yaml"), options), "--seeds", str(options.seeds),
+        "--sweep-rows", str(options.sweep_rows),
         "--score", metric, "--score-rows", str(options.score_rows), "--max-new-tokens", str(longest), "--jobs", str(options.jobs),
         f"data.eval_path={files['eval']}", f"model.template={files['template']}", "data.max_tokens=512", "data.long_rows=refuse",
         "lora.rank=16", "lora.alpha=32", "optim.warmup_share=0.05", "train.epochs=1", "train.global_batch_size=16",
         "train.micro_batch_size=8", f"train.threads={options.threads}",
     ]  # fmt: skip
+
+
+def settings(file: Path, options: argparse.Namespace) -> list[str]:
+    """The methods by name, or as a file of settings that says at which rate each one's sweep begins."""
+    if not options.rates:
+        return ["--methods", options.methods]
+    rates = dict(pair.split("=") for pair in options.rates.split(","))
+    how = {"qlora-calibrated": "method: qlora, quant.calibrate: true"}
+    lines = [f"{one}: {{{how.get(one, f'method: {one}')}, optim.learning_rate: {rates[one]}}}\n" for one in options.methods.split(",")]
+    file.write_text("".join(lines))
+    return ["--arms", str(file)]
 
 
 def verdicts(comparison: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +87,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/bench-compare"))
     parser.add_argument("--sets", default=",".join(SETS))
     parser.add_argument("--methods", default="full,lora,qlora,qlora-calibrated")
+    parser.add_argument("--rates", default="", help="where each sweep begins, METHOD=RATE,...; without it at the defaults")
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--held-out", type=int, default=HELD_OUT)
     parser.add_argument("--seeds", type=int, default=SEEDS)

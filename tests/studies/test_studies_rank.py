@@ -152,8 +152,10 @@ def test_the_benchmark_judges_by_its_rule() -> None:
     assert judged(losses, 8)["score"] < judged(losses, 8)["score_always_16"] == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize(("dtype", "state", "wanted"), [("float32", "float32", (4, 16)), ("bfloat16", "float32", (2, 16)),
-                                                        ("float32", "int8", (4, 10.03125)), ("bfloat16", "int8", (2, 10.03125))])  # fmt: skip
+@pytest.mark.parametrize("dtype,state,wanted", [
+    ("float32", "float32", (4, 16)), ("bfloat16", "float32", (2, 16)),
+    ("float32", "int8", (4, 10.03125)), ("bfloat16", "int8", (2, 10.03125)),
+])  # fmt: skip
 def test_bytes_follow_the_types_of_adapter_and_optimizer(dtype: str, state: str, wanted: tuple[int, float]) -> None:
     """Weight and gradient, moments of 4 bytes each or of 1 and a scale for 256, and float32 masters beside 16-bit weights."""
     assert bytes_of_a_parameter(load_config(None, [f"lora.dtype={dtype}", f"optim.state={state}", "data=rows.jsonl"])) == wanted
