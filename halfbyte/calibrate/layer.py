@@ -4,6 +4,7 @@ Nothing is taken on trust.  Searched scales are kept only if the output error fa
 those that were); otherwise the layer gets the plain bytes.  The start is kept on the same terms; otherwise the layer begins as usual.
 """
 
+import math
 import zlib
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from halfbyte.calibrate.moments import Seen
 from halfbyte.calibrate.quality import LayerQuality
 from halfbyte.calibrate.scales import importance_of, quantize_weighted
 from halfbyte.config.quant import QuantConfig
+from halfbyte.errors import NumericError
 from halfbyte.quant import blockwise
 from halfbyte.quant.quant_state import QuantState
 
@@ -41,14 +43,23 @@ class CalibratedLayer:
 def calibrate_layer(
     name: str, weight_OI: Tensor, seen: Seen, quant: QuantConfig, update: Update | None = None, seed: int = 0
 ) -> CalibratedLayer:
-    """Quantize the weight of a layer for the inputs it has seen; `update` asks for a start of that rank too."""
-    wide = weight_OI.float()
+    """Quantize the weight of a layer for the inputs it has seen; `update` asks for a start of that rank too.
+
+    Raises WeightError where the weight is not finite, NumericError where squares of weights or inputs are beyond float32.
+    """
     plain = blockwise.quantize(weight_OI, quant.format, quant.blocksize, quant.double_quant, name)
+    wide = weight_OI.float()
+    energy = max(seen.check.error(wide), 1e-30)
+    if not (math.isfinite(energy) and bool(seen.fit.diagonal.isfinite().all())):
+        raise NumericError(
+            "a layer is calibrated on outputs whose squares are finite numbers", code="E-NUM-031", place=name,
+            found=f"largest weight {float(wide.abs().max()):.3g}, sum of squares of the inputs {float(seen.fit.diagonal.sum()):.3g}",
+            remedy="check the model's weights, or leave the calibration out",
+        )  # fmt: skip
     searched = quantize_weighted(
         weight_OI, importance_of(seen.fit.diagonal), quant.format, quant.blocksize, quant.double_quant, name
     )  # fmt: skip
     plain_gap, gap = (wide - blockwise.dequantize(*made, torch.float32) for made in (plain, searched))
-    energy = max(seen.check.error(wide), 1e-30)
     plain_error, error = seen.check.error(plain_gap) / energy, seen.check.error(gap) / energy
     plain_weight_error = relative(plain_gap, wide)
     kind = "calibrated"

@@ -16,7 +16,7 @@ from halfbyte.calibrate.base import LEAST_TOKENS, Calibration, calibrate, choose
 from halfbyte.calibrate.layer import Update, calibrate_layer
 from halfbyte.calibrate.moments import Moments, Seen
 from halfbyte.config import LoraConfig, ModelConfig, QuantConfig
-from halfbyte.errors import ConfigError, DataError, HalfbyteError, ModelError, StorageError
+from halfbyte.errors import ConfigError, DataError, HalfbyteError, ModelError, NumericError, StorageError
 from halfbyte.lora.inject import updates
 from halfbyte.models.load import load_model
 from halfbyte.models.source import resolve
@@ -132,6 +132,15 @@ def test_a_start_that_is_worse_on_the_checking_rows_is_not_kept(monkeypatch: pyt
     monkeypatch.setattr(layer_module, "factors_on", against)
     left = calibrate_layer("a", weight, seen, NF4, update)
     assert left.factors is None and left.quality.output_error_with_start == left.quality.output_error
+
+
+@pytest.mark.parametrize("weights,inputs", [(3e38, 1.0), (1.0, 1e20)])
+def test_squares_that_are_no_numbers_are_refused(weights: float, inputs: float) -> None:
+    """# T50  Of such sums neither scales nor a start can be made; the layer is named."""
+    torch.manual_seed(0)
+    seen = moments(torch.randn(100, 64) * inputs)
+    with pytest.raises(NumericError, match=r"E-NUM-031(.*\n)+.*layer 7"):
+        calibrate_layer("layer 7", torch.rand(64, 64) * weights, Seen(seen, seen), NF4, Update(8, 2.0))
 
 
 @pytest.mark.parametrize("seed", range(4))

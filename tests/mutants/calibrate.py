@@ -41,6 +41,11 @@ MUTANTS = [
         "    divisors = scales", _TEST_SCALES + "test_weights_that_are_zero_stay_zero",
     ),
     Mutant(
+        "T50", "sums that are not finite are calibrated on", "halfbyte/calibrate/layer.py",
+        "    if not (math.isfinite(energy) and bool(seen.fit.diagonal.isfinite().all())):", "    if energy < 0:",
+        _TEST_BASE + "test_squares_that_are_no_numbers_are_refused",
+    ),
+    Mutant(
         "T50", "weights that are not finite are searched", _SCALES, "    blockwise.refuse_non_finite(weight_OI, name)\n", "",
         _TEST_SCALES + "test_weights_that_are_not_finite_are_refused",
     ),
