@@ -10,8 +10,8 @@ What this is not: a proof that no secret is left.  A password without a name bes
 import re
 
 BLANK = "<hidden>"
-_TOKENS = re.compile(
-    r"\b(?:hf_[A-Za-z0-9_]{6,}|sk-[A-Za-z0-9_-]{12,}|gh[pousr]_[A-Za-z0-9]{12,}|github_pat_[A-Za-z0-9_]{12,}|glpat-[A-Za-z0-9_-]{12,}"
+_TOKENS = re.compile(  # with a capital or a digit in them, for folders are called hf_models, and their paths are read back
+    r"\b(?:hf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{12,}|sk-(?=[a-z_-]*[A-Z0-9])[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{12,}|github_pat_[A-Za-z0-9_]{12,}|glpat-[A-Za-z0-9_-]{12,}"
     r"|xox[abprs]-[A-Za-z0-9-]{10,}|AKIA[0-9A-Z]{16}|AIza[0-9A-Za-z_-]{30,}|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*)"
 )
 _IN_URL = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
@@ -29,7 +29,7 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]
 def secrets(text: str) -> str:
     """`text` with everything that looks like a secret replaced.
 
-    >>> secrets("cloned https://me:pass1234@host/x with HF_TOKEN=hf_abcdefgh")
+    >>> secrets("cloned https://me:pass1234@host/x with HF_TOKEN=hf_AbCdEfGhIjKl")
     'cloned https://<hidden>@host/x with HF_TOKEN=<hidden>'
     """
     return _NAMED.sub(lambda found: (found[1] or found[3]) + BLANK, _IN_URL.sub(BLANK, _TOKENS.sub(BLANK, text)))

@@ -4,8 +4,9 @@ ORDER    {"run", "threads", "general": file or null, "before": bool, "held_out":
           "score": {"metric", "rows", "max_new_tokens"} or null}
 ANSWER   general_after; general_before where it was asked for; score; answers [{"prompt", "reference", "answer"}]
 
-General text is judged before and after: before is the base in the storage this setting keeps it in, without its adapter, so the difference
-is what the training did, not what the storage did.  A classifier writes no text and is judged by its labels alone.
+General text is judged before and after: before is the model as this setting's training began, its base as stored and, on a calibrated base,
+the low-rank start, so the difference is what the training did, not what storage or start did.  A classifier writes no text and is judged
+by its labels alone.
 """
 
 import json
@@ -18,6 +19,7 @@ from halfbyte.config import load_config
 from halfbyte.errors import DataError, HalfbyteError
 from halfbyte.evaluate.opened import Opened, open_model
 from halfbyte.evaluate.rows import answer_rows, evaluate_rows, scores
+from halfbyte.models.calibrated_base import START
 from halfbyte.studies.runs import write_json
 from halfbyte.train.run_folder import RunFolder
 
@@ -35,8 +37,8 @@ def judged(order: dict[str, Any]) -> dict[str, Any]:
     found = _answers(opened, order)
     if order["general"]:
         found["general_after"] = float(evaluate_rows(opened, order["general"])["loss"])
-        if order["before"]:
-            found["general_before"] = float(evaluate_rows(_untrained(opened, run), order["general"])["loss"])
+        if order["before"] and (begun := _untrained(opened, run)) is not None:
+            found["general_before"] = float(evaluate_rows(begun, order["general"])["loss"])
     return found
 
 
@@ -61,16 +63,18 @@ def _answers(opened: Opened, order: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _untrained(opened: Opened, run: Path) -> Opened:
-    """The base as this run stored it, without what was trained."""
-    if opened.located.adapter is not None:
-        opened.activate(None)
-        return opened
+def _untrained(opened: Opened, run: Path) -> Opened | None:
+    """The model as this run's training began; None after init loftq, whose start is made of dense weights that are not here any more."""
     config = load_config(RunFolder(run).config)
-    return open_model(
-        config.model.name, revision=config.model.revision, dtype=config.model.dtype, template=config.model.template,
-        allow_download=config.model.allow_download,
-    )  # fmt: skip
+    if opened.located.adapter is None:
+        return open_model(
+            config.model.name, revision=config.model.revision, dtype=config.model.dtype, template=config.model.template,
+            allow_download=config.model.allow_download,
+        )  # fmt: skip
+    if config.lora.init == "loftq":
+        return None
+    opened.activate(str(opened.source.folder / START) if config.lora.init == "calibrated" else None)
+    return opened
 
 
 def main(arguments: list[str]) -> int:

@@ -113,7 +113,7 @@ def test_a_table_with_hostile_cells_stays_a_table() -> None:
 
 
 SECRETS = [
-    "hf_abcdefghijkl", "sk-proj-abcdefghijklmnop", "ghp_abcdefghijklmnop1234", "github_pat_11ABCDEFG0abcdefg", "glpat-abcdefghijklmnopq",
+    "hf_abcdefghIjkl", "sk-proj-abcdefghijklmnop1", "ghp_abcdefghijklmnop1234", "github_pat_11ABCDEFG0abcdefg", "glpat-abcdefghijklmnopq",
     "xoxb-1234567890-abc", "AKIAABCDEFGHIJKLMNOP", "eyJhbGciOiJI.eyJzdWIiOiIx.abc", "https://me:hunter22@host/x",
     "WANDB_API_KEY=0123456789abcdef",
     'password: "correcthorse"', "token=abcdef123456",
@@ -129,7 +129,7 @@ def test_what_looks_like_a_secret_is_blanked(secret: str) -> None:
 
 
 def test_ordinary_text_is_left_alone() -> None:
-    text = "max_tokens: 512, trained_tokens 8,064, https://example.org/a?b=c, the token was long, skip-this-one-please"
+    text = "max_tokens: 512, trained_tokens 8,064, https://example.org/a?b=c, the token was long, skip-this-one-please, /data/hf_models/hf_transformers/x"
     assert redact.secrets(text) == text
     assert (
         redact.terminal(json.dumps({"a": "ä\n\tb"}, ensure_ascii=False) + "ä\n\tb")

@@ -203,6 +203,28 @@ def test_what_was_forgotten_is_judged_with_and_without_the_adapter(world: Path, 
     assert judge.judged({**order, "held_out": str(texts), "score": None, "general": None}) == {}
 
 
+def test_before_is_where_the_training_began(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """# T67 on a calibrated base the low-rank start belongs to it: what the start repairs has not been un-forgotten by the training."""
+    monkeypatch.setenv("HALFBYTE_KERNELS", "reference")
+    from halfbyte.evaluate.opened import open_model
+    from halfbyte.evaluate.rows import evaluate_rows
+    from halfbyte.train.from_config import train_from_config
+
+    general, rows = world / "general.jsonl", world / "rows.jsonl"
+    order = {"threads": 1, "general": str(general), "before": True, "held_out": str(rows), "samples": 0, "score": None}
+    words = [*SETTINGS[:-1], "optim.learning_rate=1e-9", "train.max_steps=1", "train.sample_prompts=0"]
+    flags = {"model": str(world / "tiny"), "data": str(rows), "method": "qlora"}
+    run = tmp_path / "calibrated"
+    train_from_config(load_config(None, [*words, "quant.calibrate=true"], {**flags, "out": str(run)}))
+    found = judge.judged({**order, "run": str(run)})
+    bare = evaluate_rows(open_model(run / "base"), general)["loss"]
+    assert found["general_before"] == pytest.approx(found["general_after"], abs=1e-5)
+    assert abs(found["general_before"] - bare) > 1e-4
+    run = tmp_path / "loftq"
+    train_from_config(load_config(None, [*words, "lora.init=loftq"], {**flags, "out": str(run)}))
+    assert "general_before" not in judge.judged({**order, "run": str(run)})
+
+
 def test_a_setting_that_runs_out_of_memory_is_a_line_of_the_table(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HALFBYTE_KERNELS", "reference")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
