@@ -27,6 +27,7 @@ from halfbyte.models.heads import head_of
 from halfbyte.studies.rank_problem import HeldOut
 
 MOST_NORM = 0.9
+FEWEST_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,14 @@ def rank_for(part: Spectrum, share: float = MOST_NORM) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """A cut: share of squared norm left out, parameters of its factors, loss predicted (estimate) with the standard error of its cost, and
-    loss measured, in nats a token."""
+    """A cut: share of squared norm left out, parameters of its factors, loss predicted (estimate) with the standard error of its cost (None
+    where one batch predicts), and loss measured, in nats a token."""
 
     name: str
     parameters: int
     left_out: float
     predicted: float
-    error: float
+    error: float | None
     measured: float
 
 
@@ -103,10 +104,12 @@ def place(opened: Opened, cut: Cut | None) -> None:
 
 
 def costs(opened: Opened, whole: Whole, batches: Sequence[Batch], cuts: Mapping[str, Cut]) -> Costs:
-    """Predict the loss of each cut, and measure it; the model has the whole adapter again afterwards.  DataError for a single batch."""
-    if len(batches) < 2:
+    """Predict the loss of each cut, and measure it; the model has the whole adapter again afterwards.  DataError for few rows."""
+    rows = sum(len(batch.rows) for batch in batches)
+    if rows < FEWEST_ROWS or len(batches) < 2:
         raise DataError("a prediction is checked on other rows than it was made on", code="E-DATA-095", place="--data",
-                        found=f"{len(batches)} batch of rows", expected="16 rows or more")  # fmt: skip
+                        found=f"{rows} rows in {len(batches)} batches", expected=f"{FEWEST_ROWS} rows or more in two batches or more",
+                        remedy="name a file with more rows, or leave --data out")  # fmt: skip
     calibration, measuring = list(batches[::2]), list(batches[1::2])
     own = whole.cut(max(whole.ranks.values()))
     head = head_of(opened.model)

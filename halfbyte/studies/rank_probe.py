@@ -9,6 +9,8 @@ so they are taken for the ranks that matter, found by halving the interval betwe
 
     enough(r)  loss(r) - loss(R) <= max(1 standard error of this difference, min(0.01 loss, 0.05 gain)), and the same of 2 r
 
+One held-out batch has no standard error: then the tolerance decides alone.
+
 The gain is what the probe learnt: loss of the base - loss(R).  A hundredth of the loss is what nobody would notice, unless little was to
 be learnt; then it is a twentieth of that.  The double is asked too, since the probe's own rank may have had too few steps to be the best.
 """
@@ -27,7 +29,7 @@ RECOVER_SHARE = 0.4
 @dataclass(frozen=True)
 class Point:
     """One rank: held-out loss of the cut; where it was tried, the loss after recovering, how far that is from the loss of the rank that is
-    needed, and the standard error of this distance (nats a token)."""
+    needed, and the standard error of this distance, None with one held-out batch (nats a token)."""
 
     rank: int
     cut_loss: float
@@ -110,9 +112,9 @@ class Trial:
         return self.seen[rank]
 
     def enough(self, rank: int, larger: int, tolerance: float) -> bool:
-        """Whether `rank` does as well as `larger`, within the tolerance or the standard error of their difference."""
+        """Whether `rank` does as well as `larger`, within the tolerance or, where it is known, the standard error of their difference."""
         gap, error = self.at(rank).gap(self.at(larger))
-        return gap <= max(tolerance, error)
+        return gap <= max(tolerance, error or 0.0)
 
     def point(self, rank: int, cut_loss: float, needed: int) -> Point:
         """What is known of a rank; its distance is to the rank that is needed."""

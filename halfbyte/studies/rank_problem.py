@@ -140,12 +140,14 @@ class HeldOut:
         """Nats per token."""
         return sum(self.sums) / sum(self.counts)
 
-    def gap(self, other: "HeldOut") -> tuple[float, float]:
-        """(loss minus the other's, standard error of that) on the same batches."""
+    def gap(self, other: "HeldOut") -> tuple[float, float | None]:
+        """(loss minus the other's, standard error of that) on the same batches; one batch has no standard error, which is None then."""
         total = sum(self.counts)
         gap = self.loss - other.loss
+        if len(self.sums) < 2:
+            return gap, None
         rest = [(mine - theirs) - gap * count for mine, theirs, count in zip(self.sums, other.sums, self.counts)]
-        return gap, (len(rest) / max(1, len(rest) - 1) * sum(value**2 for value in rest)) ** 0.5 / total
+        return gap, (len(rest) / (len(rest) - 1) * sum(value**2 for value in rest)) ** 0.5 / total
 
 
 def held_out(problem: Problem) -> HeldOut:

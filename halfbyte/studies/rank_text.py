@@ -32,10 +32,11 @@ def stages_text(found: Recommendation) -> list[str]:
             f"stable rank {seen.stable_rank:.1f} (sketch of {seen.sketch} directions, {count_text(seen.tokens)} trained tokens)"
         )
     if (probe := found.probe) is not None:
+        known = any(point.error is not None for point in probe.points.values())
         lines.append(
             f"probe      rank {probe.rank}, {probe.steps} steps at {probe.rate:g}, then {probe.recover_steps} for each cut: held-out loss "
             f"{probe.base_loss:.4f} -> {probe.loss:.4f} nats/token on {probe.tokens} tokens; a rank is enough within "
-            f"{probe.tolerance:.4f} nats/token or the standard error"
+            f"{probe.tolerance:.4f} nats/token{' or the standard error' if known else ' (one held-out batch has no standard error)'}"
         )
         header = ["rank", "cut, nats/token", "recovered, nats/token", "standard error"]
         rows = [
@@ -118,7 +119,8 @@ def costs_text(found: Costs) -> str:
     header = ["cut", "parameters", "norm left out", "loss predicted (estimate)", "standard error", "loss measured", "cost"]
     rows = [
         [one.name, count_text(one.parameters), percent_text(one.left_out),
-         *(f"{value:.4f}" for value in (one.predicted, one.error, one.measured)), f"{one.measured - found.full:+.4f}"] for one in found.cuts
+         f"{one.predicted:.4f}", "-" if one.error is None else f"{one.error:.4f}", f"{one.measured:.4f}",
+         f"{one.measured - found.full:+.4f}"] for one in found.cuts
     ]  # fmt: skip
     return "\n".join([
         *rows_of(header, rows),

@@ -33,6 +33,8 @@ MUTANTS = [
     Mutant("T0", "noise is not taken off", "halfbyte/studies/rank_gradient.py", "each * counts.square()", "0.0 * counts", DENSE),
     Mutant("T29", "alpha of a module does not follow its rank", "halfbyte/studies/rank.py", "self.alpha * (own / rank) ** power",
            "self.alpha + 0 * own", f"{RANK}::test_the_text_and_the_settings_to_paste"),
+    Mutant("T0", "one held-out batch has a standard error of 0", "halfbyte/studies/rank_problem.py", "            return gap, None",
+           "            return gap, 0.0", f"{RANK}::test_one_held_out_batch_has_no_standard_error"),
     Mutant("T67", "a measured adapter is left cut", "halfbyte/studies/rank_adapter.py", "    place(opened, own)\n    return Costs(",
            "    return Costs(", f"{COST}::test_the_model_is_left_as_it_was"),
 ]  # fmt: skip

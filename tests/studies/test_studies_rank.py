@@ -17,11 +17,12 @@ from halfbyte.cli.main import run
 from halfbyte.config import load_config
 from halfbyte.lora.inject import updates
 from halfbyte.studies import rank_problem
-from halfbyte.studies.rank import bytes_of_a_parameter
+from halfbyte.studies.rank import Recommendation, bytes_of_a_parameter
 from halfbyte.studies.rank_capacity import Capacity, new_share
 from halfbyte.studies.rank_decision import decide
 from halfbyte.studies.rank_gradient import Gradient, ModuleGradient, gradient_spectrum, module_ranks
 from halfbyte.studies.rank_probe import Probe, powers, probe_run, smallest
+from halfbyte.studies.rank_text import stages_text
 from tests.end_to_end.tiny_world import rows, write_model, write_rows
 
 SMALL = {"layers": 2, "width": 32, "held_out": 4}
@@ -54,6 +55,22 @@ def test_cuts_recover_from_the_probe_and_at_one_scale() -> None:
     rank_problem.put(small, parts, 2)
     assert {layer.rank for layer in small.values()} == {2}
     assert rank_problem.held_out(problem).loss == pytest.approx(in_place, abs=1e-5)
+
+
+def test_one_held_out_batch_has_no_standard_error() -> None:
+    """None and a dash, never 0; the tolerance alone decides, and with a second batch the error is the one of two differences."""
+    problem = planted(2, 0, **SMALL)
+    probe = probe_run(replace(problem, held_out=problem.held_out[:1]), rank=4, steps=4, recover_steps=2, rate=8e-3)
+    tried = [point for point in probe.points.values() if point.loss is not None]
+    assert tried and all(point.error is None for point in tried)
+    one, other = rank_problem.HeldOut((3.0,), (10,)), rank_problem.HeldOut((2.0,), (10,))
+    assert one.gap(other) == (pytest.approx(0.1), None)
+    two, both = rank_problem.HeldOut((3.0, 5.0), (10, 10)), rank_problem.HeldOut((2.0, 2.0), (10, 10))
+    assert two.gap(both) == (pytest.approx(0.2), pytest.approx(0.1))  # of 0.1 and 0.3: their spread / sqrt(2)
+    found = Recommendation(decide(None, None, probe, planned_steps=4), (), None, None, probe, {}, 32.0, False, 4, "rows", 1.0)
+    lines = stages_text(found)
+    assert "one held-out batch has no standard error" in lines[0]
+    assert all(line.split()[-1] == "-" for line in lines[3:]) and len(lines) == 3 + len(probe.points)
 
 
 def test_the_gradient_is_that_of_the_dense_weights() -> None:

@@ -16,12 +16,14 @@ from halfbyte.config import DataConfig, LoraConfig
 from halfbyte.config.optim import OptimConfig
 from halfbyte.data.batches import Batch, Batches
 from halfbyte.data.load import load_data
+from halfbyte.errors import DataError
 from halfbyte.evaluate.opened import open_model
 from halfbyte.evaluate.rows import evaluate_rows, loss_batches
 from halfbyte.models.load import load_model, load_tokenizer
 from halfbyte.models.source import resolve
 from halfbyte.studies.rank_adapter import costs, groups
 from halfbyte.studies.rank_problem import Problem, adapt, token_loss, train
+from halfbyte.studies.rank_text import costs_text
 from tests.end_to_end.tiny_world import rows, write_model, write_rows
 
 
@@ -82,6 +84,20 @@ def test_what_is_measured_is_the_loss_of_the_folder_that_is_written(trained: tup
     again = evaluate_rows(open_model(tmp_path / "new"), held)
     assert found.cuts[0].measured == pytest.approx(again["loss"], abs=2e-4)
     assert found.cuts[0].measured > found.full + 0.001
+
+
+def test_few_rows_are_refused_and_one_batch_has_no_error(trained: tuple[Path, Path]) -> None:
+    """15 rows are too few, 16 are enough; where one batch predicts, the standard error is a dash."""
+    folder, held = trained
+    opened, whole = open_model(folder), open_folder(folder)
+    few, enough = (loss_batches(opened, held, batch_size=4, max_rows=count) for count in (15, 16))
+    with pytest.raises(DataError, match="E-DATA-095") as refused:
+        costs(opened, whole, few, {"4": whole.cut(4)})
+    assert "15 rows" in str(refused.value) and "16 rows or more" in str(refused.value)
+    assert costs(opened, whole, enough, {"4": whole.cut(4)}).cuts[0].error is not None
+    alone = costs(opened, whole, loss_batches(opened, held, batch_size=8, max_rows=16), {"4": whole.cut(4)})
+    assert alone.cuts[0].error is None
+    assert costs_text(alone).splitlines()[2].split()[-3] == "-"
 
 
 def test_the_command_shows_cuts_and_measures(trained: tuple[Path, Path], tmp_path: Path) -> None:
