@@ -28,8 +28,16 @@ def points(records: Sequence[Record], name: str) -> tuple[list[int], list[float]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def loss_curves(records: Sequence[Record]) -> bytes:
-    """Training loss (each step, and smoothed) and held-out loss over steps, learning rate below; PNG, 900 x 450 pixels."""
+def loss_curves(records: Sequence[Record], per: str = "token") -> bytes:
+    """The picture of `loss_figure` as PNG, 900 x 450 pixels."""
+    buffer = io.BytesIO()
+    loss_figure(records, per).savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def loss_figure(records: Sequence[Record], per: str = "token") -> Any:
+    """Training loss (each step, and smoothed) and held-out loss in nats over steps, learning rate below; `per` is what a loss is the mean
+    of: a trained token, or a row of a classifier."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -45,13 +53,11 @@ def loss_curves(records: Sequence[Record]) -> bytes:
         upper.plot(steps, losses, color="#c8541f", marker="o", markersize=4, linewidth=1.5, label="held out")
     if upper.lines:
         upper.legend(frameon=False)
-    upper.set_ylabel("loss per trained token")
+    upper.set_ylabel(f"loss, nats/{per}")
     upper.grid(alpha=0.25)
     steps, rates = points(records, "lr")
     lower.plot(steps, rates, color="#4a7d45", linewidth=1.2)
     lower.set_ylabel("rate")
     lower.set_xlabel("optimizer step")
     lower.grid(alpha=0.25)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return figure

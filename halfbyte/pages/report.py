@@ -9,6 +9,7 @@ samples.json: [{"prompt", "reference", "before", "after"}].   scores.json: {"tit
 
 import base64
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from halfbyte.units import bytes_text, count_text, percent_text, seconds_text
 TILES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("status", "status", str),
     ("method", "method", str),
-    ("held-out loss before", "first_eval_loss", lambda loss: f"{loss:.4f}"),
-    ("held-out loss, best", "best_eval_loss", lambda loss: f"{loss:.4f}"),
-    ("held-out loss, delivered", "final_eval_loss", lambda loss: f"{loss:.4f}"),
+    ("held-out loss before, nats/{per}", "first_eval_loss", lambda loss: f"{loss:.4f}"),
+    ("held-out loss, best, nats/{per}", "best_eval_loss", lambda loss: f"{loss:.4f}"),
+    ("held-out loss, delivered, nats/{per}", "final_eval_loss", lambda loss: f"{loss:.4f}"),
     ("label accuracy, delivered", "accuracy", percent_text),
     ("optimizer steps", "steps", str),
     ("trained tokens", "tokens", count_text),
@@ -33,7 +34,10 @@ TILES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("peak memory", "peak_memory_bytes", bytes_text),
     ("time", "seconds", seconds_text),
 )
-"""(label, key of run.json, how it is written); a key that is absent or null has no tile."""
+"""(label, key of run.json, how it is written); a key that is absent or null has no tile.  {per}: what a loss is the mean of."""
+
+CLASSIFIER = re.compile(r"^  task: sequence-classification$", re.MULTILINE)
+"""The line of a resolved config.yaml by which a run trained a classifier, whose loss is one of rows."""
 
 
 def html(run_folder: Path) -> tuple[str, bytes]:
@@ -41,17 +45,19 @@ def html(run_folder: Path) -> tuple[str, bytes]:
     records = _records(run_folder / "metrics.jsonl")
     summary = _read_json(run_folder / "run.json", {})
     environment = _read_json(run_folder / "environment.json", {})
-    picture = plots.loss_curves(records)
-    config = run_folder / "config.yaml"
+    settings = run_folder / "config.yaml"
+    config = settings.read_text() if settings.is_file() else ""
+    per = "row" if CLASSIFIER.search(config) else "token"
+    picture = plots.loss_curves(records, per)
     page = render(
         "report.html",
         title=f"Run {shown(run_folder.resolve().name)}",
         subtitle=_subtitle(summary),
-        tiles=[(label, shown(write(summary[key]))) for label, key, write in TILES if summary.get(key) is not None],
+        tiles=[(label.format(per=per), shown(write(summary[key]))) for label, key, write in TILES if summary.get(key) is not None],
         plot=base64.b64encode(picture).decode(),
         tables=_tables(run_folder),
         notes=[shown(f"step {record['step']}: {record['event']}") for record in records if "event" in record],
-        config=clean(config.read_text()) if config.is_file() else "",
+        config=clean(config),
         environment=clean(json.dumps(environment, indent=1, ensure_ascii=False)),
     )
     return page, picture

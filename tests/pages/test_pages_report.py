@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from halfbyte.config import load_config, to_yaml
 from halfbyte.pages import page as pages
 from halfbyte.pages import plots, report
 
@@ -151,6 +152,21 @@ def test_the_plot_is_a_png_of_the_finite_values(tmp_path: Path) -> None:
     assert plots.loss_curves(records) == picture
     assert plots.loss_curves([*records, {"step": 4, "loss": 9.0, "lr": 1e-3}]) != picture
     assert report.write(make_run(tmp_path / "run")).with_name("loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(("task", "per"), [("causal-lm", "token"), ("sequence-classification", "row")])
+def test_every_loss_has_its_unit(tmp_path: Path, task: str, per: str) -> None:
+    """On the tiles and on the axis; the loss of a classifier is the mean over rows."""
+    run = make_run(tmp_path / "run")
+    summary = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(summary | {"first_eval_loss": 2.5, "best_eval_loss": 1.1, "final_eval_loss": 1.2}))
+    (run / "config.yaml").write_text(to_yaml(load_config(None, ["data=rows.jsonl", f"model.task={task}"])))
+    page, picture = report.html(run)
+    for name in ("before", "best", "delivered"):
+        assert re.search(f"held-out loss,? {name}, nats/{per}</span>", page)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert plots.loss_figure(records, per).axes[0].get_ylabel() == f"loss, nats/{per}"
+    assert picture == plots.loss_curves(records, per)
 
 
 def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
