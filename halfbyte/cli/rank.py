@@ -128,13 +128,15 @@ def _look(
     whole = open_folder(folder)
     top = max(whole.ranks.values())
     found = rank_adapter.groups(whole)
-    shares = {number: whole.cut(number).left_out for number in powers(top)}
+    shares = {number: rank_adapter.left_out(whole, number) for number in powers(top)}
     texts = [rank_text.adapter_text(f"{folder}, rank {top}", found, shares)]
     values: dict[str, object] = {
         "adapter": str(whole.folder), "rank": top, "modules": [asdict(group) for group in found], "left_out": shares,
         "singular_values": {name: part.values.tolist() for name, part in whole.spectra.items()},
     }  # fmt: skip
-    cuts = {f"rank {number}": whole.cut(number) for number in powers(top)[:-1]}
+    cuts = {}
+    if truncate is None and data is not None:
+        cuts = {f"rank {number}": whole.cut(number) for number in powers(top)[:-1]}
     if truncate is not None and to is not None:
         whole.require_new(to)
         cut = whole.cut(truncate, joint=joint)

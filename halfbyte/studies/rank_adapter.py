@@ -58,6 +58,15 @@ def groups(whole: Whole) -> list[Group]:
     ]  # fmt: skip
 
 
+def left_out(whole: Whole, rank: int) -> float:
+    """Share of the squared norm of the whole adapter that a cut of every module to `rank` leaves out, 0 to 1.
+
+    It is known from the spectra alone, also of an adapter that must not be cut (init loftq).
+    """
+    total = sum(float(part.values.square().sum()) for part in whole.spectra.values())
+    return sum(float(part.values[rank:].square().sum()) for part in whole.spectra.values()) / total if total else 0.0
+
+
 def middle(values: Sequence[float]) -> float:
     """The median, the upper one of two."""
     return sorted(values)[len(values) // 2]

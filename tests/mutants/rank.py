@@ -35,6 +35,11 @@ MUTANTS = [
            "self.alpha + 0 * own", f"{RANK}::test_the_text_and_the_settings_to_paste"),
     Mutant("T0", "one held-out batch has a standard error of 0", "halfbyte/studies/rank_problem.py", "            return gap, None",
            "            return gap, 0.0", f"{RANK}::test_one_held_out_batch_has_no_standard_error"),
+    Mutant("T0", "the first rows of the file are measured, not rows of all of it", "halfbyte/studies/rank.py",
+           "data.train[number] for number in spread_evenly(data.train, ask.rows)", "data.train[number] for number in range(ask.rows)",
+           f"{RANK}::test_the_rows_measured_are_spread_over_all"),
+    Mutant("T0", "an adapter of init loftq cannot be looked at", "halfbyte/cli/rank.py", "rank_adapter.left_out(whole, number)",
+           "whole.cut(number).left_out", f"{COST}::test_an_adapter_of_init_loftq_shows_its_spectrum_and_is_not_cut"),
     Mutant("T67", "a measured adapter is left cut", "halfbyte/studies/rank_adapter.py", "    place(opened, own)\n    return Costs(",
            "    return Costs(", f"{COST}::test_the_model_is_left_as_it_was"),
 ]  # fmt: skip

@@ -12,16 +12,17 @@ import torch
 from halfbyte.adapters.folder import save_adapter
 from halfbyte.adapters.truncate import open_folder
 from halfbyte.cli.main import run
-from halfbyte.config import DataConfig, LoraConfig
+from halfbyte.config import DataConfig, LoraConfig, QuantConfig
 from halfbyte.config.optim import OptimConfig
 from halfbyte.data.batches import Batch, Batches
 from halfbyte.data.load import load_data
 from halfbyte.errors import DataError
 from halfbyte.evaluate.opened import open_model
 from halfbyte.evaluate.rows import evaluate_rows, loss_batches
+from halfbyte.lora.inject import inject
 from halfbyte.models.load import load_model, load_tokenizer
 from halfbyte.models.source import resolve
-from halfbyte.studies.rank_adapter import costs, groups
+from halfbyte.studies.rank_adapter import costs, groups, left_out
 from halfbyte.studies.rank_problem import Problem, adapt, token_loss, train
 from halfbyte.studies.rank_text import costs_text
 from tests.end_to_end.tiny_world import rows, write_model, write_rows
@@ -111,6 +112,29 @@ def test_the_command_shows_cuts_and_measures(trained: tuple[Path, Path], tmp_pat
     values = json.loads(text)
     assert code == 0 and values["truncated"]["parameters"] <= open_folder(tmp_path / "cut").cut(4).parameters
     assert len(set(values["truncated"]["ranks"].values())) > 1
+
+
+def test_an_adapter_of_init_loftq_shows_its_spectrum_and_is_not_cut(tmp_path: Path) -> None:
+    source = resolve(str(write_model(tmp_path / "model")))
+    model = load_model(source, dtype="float32")
+    inject(model, LoraConfig(rank=4, init="loftq"), quant=QuantConfig(format="nf4"))
+    save_adapter(model, tmp_path / "adapter", base_name=str(tmp_path / "model"))
+    code, text, err = command("--adapter", tmp_path / "adapter", "--json")
+    assert code == 0, err
+    shares, spectra = json.loads(text)["left_out"], json.loads(text)["singular_values"].values()
+    total = sum(value**2 for values in spectra for value in values)
+    assert list(shares) == ["1", "2", "4"] and shares["4"] == 0
+    for rank in (1, 2):
+        assert shares[str(rank)] == pytest.approx(sum(value**2 for values in spectra for value in values[rank:]) / total)
+    for words in (["--truncate", 2, "--to", tmp_path / "cut"], ["--data", write_rows(tmp_path / "rows.jsonl")]):
+        ended, _, err = command("--adapter", tmp_path / "adapter", *words)
+        assert ended == 2 and "E-ADAPT-091" in err and not (tmp_path / "cut").exists()
+
+
+def test_shares_of_the_spectra_are_those_of_the_cuts(trained: tuple[Path, Path]) -> None:
+    whole = open_folder(trained[0])
+    for rank in (1, 4, 16):
+        assert left_out(whole, rank) == pytest.approx(whole.cut(rank).left_out, abs=1e-12)
 
 
 @pytest.mark.parametrize(
