@@ -30,6 +30,7 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.bench_methods import MAX_CHARS, TEMPLATE, as_training_row
+from halfbyte.studies.rows import spread_evenly
 
 PLANTED, DRAWS = (1, 4, 16, 64), 5
 PROBE = {"rank": 128, "steps": 100, "recover_steps": 40, "rate": 4e-3}
@@ -90,9 +91,10 @@ def prepare(work: Path, rows: int) -> None:
     for name in SETS:
         source = name.removesuffix("-reversed")
         for part, file, count in (("train", "train", rows), ("eval", "test", min(rows, HELD_OUT))):
-            read = [json.loads(line) for line in (record.SHARED / source / f"{file}.jsonl").open(encoding="utf-8")]
+            with (record.SHARED / source / f"{file}.jsonl").open(encoding="utf-8") as lines:
+                read = [json.loads(line) for line in lines]
             short = [row for row in map(partial(row_of, name), read) if len(json.dumps(row)) <= MAX_CHARS[source]]
-            chosen = short[:: max(1, len(short) // count)][:count]
+            chosen = [short[number] for number in spread_evenly(short, count)]
             write_rows(work / f"{name}-{part}.jsonl", chosen)
             if part == "train":
                 size = min(SWEEP_ROWS, len(chosen) * 3 // 4)

@@ -4,9 +4,13 @@
     gradient   which directions of the first gradient come back    three backward passes, each over half of up to `rows` rows
     probe      a short run of a large rank, cut to smaller ones    as many steps as a tenth of the planned run, at least 30
 
-Each stage may be left out.  What is trained, on what base and at which rate is a run's own settings (RunConfig); dropout, packing and DoRA
-are left out of the trial.  Bytes are those of float32 throughout: 4 for each number in the file, 16 while training (value, gradient, two
-means of AdamW).  Seconds a step are an estimate: measured at one rank, and scaled by the operations of another.
+Each stage may be left out.  What is trained, on what base and at which rate is a run's own settings (RunConfig); dropout and DoRA are
+left out of the trial.  With data.packing a step is one of packed rows, in the run as in the probe; capacity, gradient and the held-out loss
+look at rows one by one.
+
+Bytes of a parameter follow the types (`bytes_of_a_parameter`): 4 in the file and 16 while training in float32, fewer in 16 bits or with an
+int8 state; those while training are computed, an estimate.  Seconds a step are an estimate too: measured at one rank, and scaled by the
+operations of another.
 """
 
 import math
@@ -30,7 +34,9 @@ from halfbyte.studies.rank_decision import MOST, Decision, decide
 from halfbyte.studies.rank_gradient import Gradient, gradient_spectrum, module_ranks
 from halfbyte.studies.rank_probe import RECOVER_SHARE, Point, Probe, probe_run
 from halfbyte.studies.rank_problem import Problem, adapt, token_loss
+from halfbyte.studies.rows import spread_evenly
 from halfbyte.train.resolve import learning_rate, total_steps
+from halfbyte.train.training import Items, items_of
 
 STAGES = ("capacity", "gradient", "probe")
 TOKENS_AT_ONCE, HELD_OUT_ROWS, PIECE = 1024, 96, 4
@@ -50,7 +56,8 @@ class Ask:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a rank costs: parameters, bytes, seconds a step (estimate), loss after the probe's steps (estimate), distance to the best."""
+    """What a rank costs: parameters, bytes of the file and while training (estimate), seconds a step (estimate), loss after the probe's
+    steps (estimate) and how far it is above the best of the probe (estimate), both in nats a token."""
 
     rank: int
     parameters: int
@@ -122,18 +129,23 @@ def recommend(config: RunConfig, ask: Ask) -> Recommendation:
         raise DataError("a rank needs rows to be measured on", code="E-DATA-094", place=config.data.path,
                         found=f"{len(data.train)} rows", expected="4 or more", nothing_done="Nothing was measured.")  # fmt: skip
     plain = config.lora.model_copy(update={"rank": 1, "ranks": {}, "alphas": {}, "init": "default", "dora": False})
-    assembled = assemble(config.model_copy(update={"lora": plain, "data": config.data.model_copy(update={"packing": False})}))
+    assembled = assemble(config.model_copy(update={"lora": plain}))
     return measure(config, ask, data, assembled)
 
 
 def measure(config: RunConfig, ask: Ask, data: TrainData, assembled: Assembled) -> Recommendation:
-    """The stages on rows and a model that are here."""
+    """The stages on rows and a model that are here.  Raises DataError for rows that have no two halves for the gradient."""
     began = monotonic()
-    problem = problem_of(config, data, assembled)
-    rank_one = sum(layer.lora_a.shape[1] + layer.lora_b.shape[0] for layer in adapt(problem, 1).values())
-    steps = total_steps(config, len(data.train))
     pad = assembled.tokenizer.pad_token_id or 0
-    sample = pieces(data.train[:: max(1, len(data.train) // ask.rows)][: ask.rows], pad)
+    sample = pieces([data.train[number] for number in spread_evenly(data.train, ask.rows)], pad)
+    if "gradient" in ask.stages and len(sample) < 2:
+        raise DataError("the gradient stage compares two halves of the rows", code="E-DATA-096", place=config.data.path,
+                        found=f"{len(data.train)} rows, one piece of up to {PIECE}", expected=f"{PIECE + 1} rows or more",
+                        remedy="give more rows, or leave gradient out of --stages", nothing_done="Nothing was measured.")  # fmt: skip
+    items = items_of(config, data)
+    problem = problem_of(config, data, items, assembled)
+    rank_one = sum(layer.lora_a.shape[1] + layer.lora_b.shape[0] for layer in adapt(problem, 1).values())
+    steps = total_steps(config, len(items))
     held, gradient, probe = None, None, None
     if "capacity" in ask.stages:
         held = capacity(problem, data.train, sample, rank_one, ask.task)
@@ -149,22 +161,25 @@ def measure(config: RunConfig, ask: Ask, data: TrainData, assembled: Assembled) 
     most = max(1, host.memory_bytes()[1] // 2 // int(training * rank_one)) if problem.device.type == "cpu" else MOST
     decision = decide(held, gradient, probe, planned_steps=steps, most=min(MOST, most))
     trained = sum(sum(label != -100 for label in example.labels[1:]) for example in data.train)
-    per_step = trained / len(data.train) * config.train.global_batch_size
+    per_step = trained / len(items) * config.train.global_batch_size
     timing = timing_of(gradient, probe, rank_one, assembled.total_params, per_step)
     ranks = sorted({max(1, decision.rank // 2), decision.rank, decision.rank * 2})
     choices = tuple(choice(rank, rank_one, probe, timing, stored, training) for rank in ranks)
     modules = module_ranks(gradient, decision.rank) if gradient is not None else {}
     return Recommendation(
         decision, choices, held, gradient, probe, modules, config.lora.alpha, config.lora.rslora, steps,
-        setting_text(config, data, assembled), monotonic() - began,
+        setting_text(config, data, assembled, steps), monotonic() - began,
     )  # fmt: skip
 
 
-def setting_text(config: RunConfig, data: TrainData, assembled: Assembled) -> str:
-    """On what it was measured, in one line."""
+def setting_text(config: RunConfig, data: TrainData, assembled: Assembled, steps: int) -> str:
+    """On what it was measured, and for which run, in one line."""
+    packed = f"packed rows of up to {data.report.max_tokens:,} tokens" if config.data.packing else "rows"
+    shorter = ", fewer tokens where training finds too little memory" if config.data.packing and config.data.max_tokens == "auto" else ""
     return (
         f"{assembled.source.name}, {config.method}, {len(data.train)} training and {min(len(data.eval), HELD_OUT_ROWS)} held-out rows of "
-        f"{config.data.path}, alpha {config.lora.alpha:g}, {config.train.global_batch_size} rows a step, seed {config.train.seed}"
+        f"{config.data.path}, alpha {config.lora.alpha:g}, for a run of {steps} steps of "
+        f"{config.train.global_batch_size} {packed}{shorter}, seed {config.train.seed}"
     )
 
 
@@ -187,16 +202,16 @@ def pieces(examples: Sequence[Example], pad: int) -> list[Batch]:
     return [batch for window in made.epoch(0) for batch in window]
 
 
-def problem_of(config: RunConfig, data: TrainData, assembled: Assembled) -> Problem:
-    """The rows as training would see them, unpacked; the micro-batch keeps to what a processor does at full rate."""
+def problem_of(config: RunConfig, data: TrainData, items: Items, assembled: Assembled) -> Problem:
+    """The rows as training would see them, `items` in its steps; the micro-batch keeps to what a processor does at full rate."""
     pad = assembled.tokenizer.pad_token_id or 0
-    longest = max(len(example.input_ids) for example in data.train)
+    longest = max(len(item.input_ids) for item in items)
     size = config.train.micro_batch_size
     micro = max(1, min(config.train.global_batch_size, TOKENS_AT_ONCE // longest)) if isinstance(size, str) else size
 
     def windows() -> Iterator[list[Batch]]:
         batches = Batches(
-            data.train, micro_batch_size=micro, global_batch_size=config.train.global_batch_size, seed=config.train.seed, pad_id=pad
+            items, micro_batch_size=micro, global_batch_size=config.train.global_batch_size, seed=config.train.seed, pad_id=pad
         )
         epoch = 0
         while True:
@@ -217,7 +232,7 @@ def timing_of(
     if probe is not None:
         measured, at = probe.seconds_per_token, probe.rank
     elif gradient is not None:
-        measured, at = gradient.seconds_per_token, gradient.sketch
+        measured, at = gradient.seconds_per_token, gradient.directions
     else:
         return None
     return lambda rank: measured * tokens_per_step * (4 * total_params + 6 * rank_one * rank) / (4 * total_params + 6 * rank_one * at)

@@ -50,12 +50,18 @@ class ModuleGradient:
 
 @dataclass(frozen=True)
 class Gradient:
-    """All modules; the rows and tokens used; seconds of a forward and backward pass per token, with `sketch` directions a module."""
+    """All modules; the tokens used; seconds of a forward and backward pass per token, at the rank `directions`; `sketch`, the most
+    directions that a share is known of (the passes have OVER more)."""
 
     modules: dict[str, ModuleGradient]
     tokens: int
     seconds_per_token: float
     sketch: int
+
+    @property
+    def directions(self) -> int:
+        """Rank of the adapter that the passes ran with."""
+        return self.sketch + OVER
 
     @property
     def median_rank(self) -> int:

@@ -60,7 +60,8 @@ def recommendation_text(found: Recommendation, *, modules: bool = False) -> str:
     """The whole answer."""
     rank = found.decision.rank
     lines = [f"rank {rank}, decided by the stage {found.decision.stage}", *("  " + reason for reason in found.decision.reasons), ""]
-    header = ["rank", "loss (estimate)", "to the best", "parameters", "adapter file", "while training", "per step (estimate)"]
+    header = ["rank", "loss (estimate)", "to the best, nats/token (estimate)", "parameters", "adapter file", "while training (estimate)",
+              "per step (estimate)"]  # fmt: skip
     lines += rows_of(header, [cells(choice, rank) for choice in found.choices])
     lines += ["loss: held-out nats/token after the probe's steps, an estimate of the run's" if found.probe is not None
               else "no loss is predicted without the stage probe", ""]  # fmt: skip

@@ -11,18 +11,23 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.bench_rank import judged
+from benchmarks.bench_rank import judged, prepare
 from benchmarks.rank_planted import planted
 from halfbyte.cli.main import run
-from halfbyte.config import load_config
+from halfbyte.config import DataConfig, load_config
+from halfbyte.data.batches import Batch
+from halfbyte.data.load import load_data
 from halfbyte.lora.inject import updates
+from halfbyte.models.load import load_tokenizer
+from halfbyte.models.source import resolve
 from halfbyte.studies import rank_problem
-from halfbyte.studies.rank import Recommendation, bytes_of_a_parameter
+from halfbyte.studies.rank import Recommendation, bytes_of_a_parameter, timing_of
 from halfbyte.studies.rank_capacity import Capacity, new_share
 from halfbyte.studies.rank_decision import decide
 from halfbyte.studies.rank_gradient import Gradient, ModuleGradient, gradient_spectrum, module_ranks
 from halfbyte.studies.rank_probe import Probe, powers, probe_run, smallest
 from halfbyte.studies.rank_text import stages_text
+from halfbyte.train.from_config import train_from_config
 from tests.end_to_end.tiny_world import rows, write_model, write_rows
 
 SMALL = {"layers": 2, "width": 32, "held_out": 4}
@@ -207,6 +212,8 @@ def test_the_text_and_the_settings_to_paste(world: tuple[Path, Path], tmp_path: 
     model, data = world
     code, text, err = command("--model", model, "--data", data, "--stages", "capacity,gradient", "--modules")
     assert code == 0, err
+    header = next(line for line in text.splitlines() if "adapter file" in line)
+    assert "to the best, nats/token (estimate)" in header and "while training (estimate)" in header and len(header) <= 140
     assert "(estimate)" in text and "decided by the stage" in text and "nats/token" in text and "adapter file" in text
     pasted = tmp_path / "run.yaml"
     pasted.write_text("lora:" + text.split("\nlora:")[1] + f"\ndata: {data}\nmodel: {model}\n")
@@ -215,12 +222,64 @@ def test_the_text_and_the_settings_to_paste(world: tuple[Path, Path], tmp_path: 
     assert lora.ranks and max(lora.ranks.values()) <= 2 * lora.rank
 
 
+def test_the_rows_measured_are_spread_over_all(tmp_path: Path) -> None:
+    """24 of 40 rows, the last twenty of them longer: by their tokens, rows of the whole file, not its first 24."""
+    made = [{**row, "completion": row["completion"] + "!" * (number // 20 * 30)} for number, row in enumerate(rows(40))]
+    model, data = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", made)
+    code, text, err = command("--model", model, "--data", data, "--stages", "gradient", "--rows", 24, "data.eval_rows=0", "--json")
+    assert code == 0, err
+    examples = load_data(DataConfig(path=str(data), eval_rows=0), load_tokenizer(resolve(str(model)))).train
+    tokens = [sum(label != -100 for label in example.labels[1:]) for example in examples]
+    assert json.loads(text)["gradient"]["tokens"] == sum(tokens[number * 40 // 24] for number in range(24))
+
+
+def test_the_rows_of_the_benchmark_are_spread_over_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.record.SHARED", tmp_path)
+    for name in ("e2e_nlg", "gsm8k"):
+        (tmp_path / name).mkdir()
+        for part in ("train", "test"):
+            write_rows(tmp_path / name / f"{part}.jsonl", rows(30))
+    prepare(tmp_path, 20)
+    chosen = [json.loads(line)["prompt"] for line in (tmp_path / "gsm8k-train.jsonl").read_text().splitlines()]
+    assert chosen == [rows(30)[number * 30 // 20]["prompt"] for number in range(20)]
+
+
+def test_packed_rows_make_the_steps_of_the_run(world: tuple[Path, Path], tmp_path: Path) -> None:
+    """Steps planned and steps of the probe are those that training takes."""
+    model, data = world
+    words = ["data.packing=true", "data.max_tokens=200", "train.global_batch_size=2", "train.sample_prompts=0", "model.device=cpu"]
+    code, text, err = command("--model", model, "--data", data, "--stages", "probe", "--probe-rank", 2, "--json", *words)
+    assert code == 0, err
+    found = json.loads(text)
+    flags = {"model": str(model), "data": str(data), "method": "qlora", "out": str(tmp_path / "run")}
+    ran = train_from_config(load_config(None, words, flags))
+    assert found["planned_steps"] == found["probe"]["steps"] == ran.total_steps < 44 / 2 / 1.5  # 44 rows, two and more in a packed one
+    assert f"for a run of {ran.total_steps} steps of 2 packed rows of up to 200 tokens" in found["setting"]
+
+
+def test_seconds_are_scaled_from_the_rank_that_was_run() -> None:
+    """The gradient's passes carry more directions than its sketch."""
+    problem, ranks = planted(2, 0, **SMALL), set()
+
+    def watched(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
+        ranks.update(layer.rank for layer in updates(model).values())
+        return problem.loss_sum(model, batch)
+
+    windows = problem.windows()
+    found = gradient_spectrum(replace(problem, loss_sum=watched), next(windows), next(windows), sketch=16)
+    assert ranks == {found.directions}
+    seconds = timing_of(found, None, 100, 1000, 50.0)
+    assert seconds is not None and seconds(found.directions) == pytest.approx(50 * found.seconds_per_token)
+    assert seconds(16) < seconds(found.directions)
+
+
 @pytest.mark.parametrize(
     ("words", "code"),
     [(("--stages", "gradeint"), "E-CONF-540"), (("--stages", ","), "E-CONF-540"), (("--task", "poems"), "E-CONF-541"),
      (("--probe-rank", 1), "E-CONF-542"), (("--rows", 2), "E-CONF-542"), (("--method", "full"), "E-CONF-543"),
      (("--method", "auto"), "E-CONF-543"),
-     (("data.eval_rows=0",), "E-DATA-093"), (("data.max_rows=3", "data.eval_rows=0", "--stages", "capacity"), "E-DATA-094")],
+     (("data.eval_rows=0",), "E-DATA-093"), (("data.max_rows=3", "data.eval_rows=0", "--stages", "capacity"), "E-DATA-094"),
+     (("data.max_rows=4", "data.eval_rows=0", "--stages", "capacity,gradient"), "E-DATA-096")],
 )  # fmt: skip
 def test_refusals(words: tuple[object, ...], code: str, world: tuple[Path, Path]) -> None:
     model, data = world
