@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfbyte import host
 from halfbyte.adapters.folder import save_adapter
 from halfbyte.calibrate.layer import CalibratedLayer, Update, bits_of, calibrate_layer
 from halfbyte.calibrate.moments import CHECK_EVERY, MOMENTS_BYTES, collect
@@ -26,12 +27,12 @@ from halfbyte.calibrate.quality import LayerQuality, Quality
 from halfbyte.config.lora import LoraConfig
 from halfbyte.config.model import ModelConfig
 from halfbyte.config.quant import QuantConfig
-from halfbyte.errors import DataError, StorageError
+from halfbyte.errors import DataError, DoesNotFitError, ModelError, StorageError, UnsupportedError
 from halfbyte.lora.inject import inject
 from halfbyte.lora.targets import alpha_of, candidates, completed, rank_of, resolve
 from halfbyte.lora.variants import scaling_of
 from halfbyte.models.calibrated_base import START
-from halfbyte.models.load import load_model, load_tokenizer
+from halfbyte.models.load import choose_dtype, load_model, load_tokenizer
 from halfbyte.models.quantizer import layers_to_quantize
 from halfbyte.models.save import save_quantized
 from halfbyte.models.source import Source, folder_digest
@@ -39,7 +40,9 @@ from halfbyte.quant import blockwise
 from halfbyte.quant.dense import dense_weight
 from halfbyte.quant.experts import QuantExperts, is_experts
 from halfbyte.quant.linear import QuantLinear
+from halfbyte.shape import ModelShape
 from halfbyte.surgery import replace
+from halfbyte.units import bytes_text
 
 REPORT = "calibration.json"
 LEAST_ROWS, LEAST_TOKENS = CHECK_EVERY, 256
@@ -134,8 +137,12 @@ def _put(model: nn.Module, name: str, made: CalibratedLayer | None, quant: Quant
 
 
 def write_base(source: Source, rows: Sequence[Sequence[int]], out: Path, how: Calibration) -> Quality:
-    """Calibrate the model of `source` and write the folder, over one that is there.  Raises ModelError, StorageError, TargetError."""
+    """Calibrate the model of `source` and write the folder, over one that is there.
+
+    Raises DoesNotFitError, ModelError, NumericError, StorageError, TargetError.
+    """
     settings = how.model
+    _require_room(settings, source.folder)
     _require_writable(out)
     model = load_model(
         source, dtype=settings.dtype, quant=QuantConfig(format="none"), task=settings.task, labels=settings.labels,
@@ -160,6 +167,23 @@ def write_base(source: Source, rows: Sequence[Sequence[int]], out: Path, how: Ca
     except OSError as fault:
         raise _unwritable(fault, out) from fault
     return quality
+
+
+def _require_room(model: ModelConfig, folder: Path) -> None:
+    """Raise DoesNotFitError where the dense weights alone are more than what is free; calibrating holds them and their packed form."""
+    try:
+        shape = ModelShape.read(folder)
+    except (ModelError, UnsupportedError):
+        return  # a family whose size is not known: the plan says so
+    dtype, _ = choose_dtype(model.dtype)
+    needed, free = shape.total_params * dtype.itemsize, host.memory_bytes()[1]
+    if needed > free:
+        raise DoesNotFitError(
+            "calibrating holds the dense weights in memory once", code="E-FIT-402", place=str(folder),
+            found=f"{bytes_text(needed)} of weights in {str(dtype).removeprefix('torch.')} (estimate, the weights alone)",
+            expected=f"at most {bytes_text(free)}, what is free", nothing_done="Nothing was loaded.",
+            remedy="leave the calibration out (quant.calibrate=false), or run `halfbyte quantize --calibrate` on a larger machine",
+        )  # fmt: skip
 
 
 def _require_writable(out: Path) -> None:

@@ -36,14 +36,16 @@ def evaluate_rows(
     batch_size: int = 8,
     max_new_tokens: int = 128,
     max_rows: int | None = None,
+    own_columns: bool = True,
 ) -> dict[str, float | int]:
     """loss, perplexity, tokens, rows, rows_left_out where some were, then the scores asked for, in this order.
 
+    own_columns  read the columns that the run's settings name; not for rows of another kind
     Raises DataError and ConfigError.
     """
     _check_names(metrics)
     _check_size(batch_size)
-    read = _read(opened, data, max_rows, opened.train_on)
+    read = _read(opened, data, max_rows, opened.train_on, own_columns)
     batches = _batches(read, opened, batch_size)
     seen = evaluate_loss(opened.model, batches)
     found: dict[str, float | int] = {"loss": seen.loss, "perplexity": seen.perplexity, "tokens": seen.tokens, "rows": len(read.train)}
@@ -122,12 +124,13 @@ def _check_names(metrics: Sequence[str]) -> None:
             )
 
 
-def _read(opened: Opened, data: str | Path, max_rows: int | None, train_on: str) -> TrainData:
+def _read(opened: Opened, data: str | Path, max_rows: int | None, train_on: str, own_columns: bool = True) -> TrainData:
     shape = {"shape": "classification"} if opened.labels else {}
     own = {} if opened.labels else {"train_on": train_on}
     limit = token_limit(opened.source)
     longest = {"max_tokens": limit} if limit is not None else {}  # whatever a run was trained on: models are compared on the same rows
-    columns = {name: getattr(opened.located.config.data, name) for name in COLUMNS} if opened.located.config is not None else {}
+    run = opened.located.config if own_columns else None
+    columns = {name: getattr(run.data, name) for name in COLUMNS} if run is not None else {}
     config = make(DataConfig, {"path": str(data), "eval_rows": 0, "max_rows": max_rows, **longest, **columns, **shape, **own}, "data")
     read = load_data(config, opened.tokenizer, model_limit=limit, template=opened.template_path, labels=opened.labels)
     require_task(read, classify=bool(opened.labels), place=str(data))

@@ -32,6 +32,8 @@ METHODS: dict[str, dict[str, Any]] = {
 RESTING: dict[str, tuple[str, ...]] = {"full": ("lora", "quant", "optim.lora_plus_ratio"), "lora": ("quant",)}
 """Settings given for all that say nothing to a method."""
 OWN = ("out", "method")
+SAME = frozenset({"data.path", "data.eval_path", "data.eval_rows", "data.max_rows", "model.name"})
+"""What no setting of a comparison has for itself."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,39}\Z")
 
 
@@ -57,6 +59,9 @@ def arms_of(
             raise _fault("E-CONF-421", "a comparison chooses this itself", place=key, found=one, remedy="see --methods, --arms and --out")
     own = {name: _method(name) for name in methods}
     for name, values in (_named(file) if file is not None else {}).items():
+        if same := sorted(SAME & {f"{group}.{key}" for group, inner in values.items() if isinstance(inner, Mapping) for key in inner}):
+            raise _fault("E-CONF-423", "the rows are the same for all settings of a comparison", place=f"{file}, {name}",
+                         found=", ".join(same), remedy="give it for all, on the command line or with --config")  # fmt: skip
         if name in own:
             raise _fault("E-CONF-413", "each setting of a comparison has a name of its own", found=name, remedy="choose another name")
         own[name] = values

@@ -62,7 +62,8 @@ class Study:
         values = {key: value for key, value in asdict(self).items() if key not in ("arms", "jobs")}
         values["score"] = asdict(self.score) if self.score else None
         settings = {arm.name: arm.config.model_dump(mode="json", exclude={"out"}) for arm in self.arms}
-        return {**values, "settings": settings, "versions": devices.versions()}
+        files = rows.digests_of(self.general, *(arm.config.model.template for arm in self.arms))
+        return {**values, "settings": settings, "files": files, "versions": devices.versions()}
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,15 @@ class Out:
 
     status: str
     error: str
+
+
+@dataclass(frozen=True)
+class Based:
+    """A setting on its base: what making a calibrated one took, or why there is none."""
+
+    arm: Arm
+    made: dict[str, Any] | None = None
+    out: Out | None = None
 
 
 @dataclass(frozen=True)
@@ -106,16 +116,17 @@ def run(study: Study, path: Path, say: Say) -> Results:
         require_same(folder.path / "study.json", study.identity())
         found = rows.prepare(folder.path, study.arms[0].config, sweep_rows=study.sweep_rows)
         text, words = (None, "") if study.general == "none" else rows.general_text(folder.path, study.general)
-        arms, bases = zip(*(_on_base(folder, arm) for arm in study.arms), strict=True)
-        swept = _each(study.jobs, arms, lambda arm: _sweep(study, folder, arm, found))
-        trained = _train_all(study, folder, [(arm, sweep) for arm, (sweep, _) in zip(arms, swept)])
+        rows.require_judgeable(folder.path, study.arms[0].config, text, prompts=study.score is not None)
+        based = [_on_base(folder, arm) for arm in study.arms]
+        swept = _each(study.jobs, based, lambda one: (None, one.out) if one.out else _sweep(study, folder, one.arm, found))
+        trained = _train_all(study, folder, [(one.arm, *result) for one, result in zip(based, swept, strict=True)])
         outcomes = []
         for number, (arm, (sweep, out)) in enumerate(zip(study.arms, swept)):
             runs = [trained[number, seed] for seed in range(study.seeds) if (number, seed) in trained]
             out = out or next((Out(one["status"], one["error"]) for one in runs if one["status"] != "finished"), None)
             judged = [_judge(study, folder, arm, seed, one, text) for seed, one in enumerate(runs)] if out is None else []
             status, error = (out.status, out.error) if out else ("finished", "")
-            outcomes.append(Outcome(arm, status, sweep, runs, judged, error, bases[number]))
+            outcomes.append(Outcome(arm, status, sweep, runs, judged, error, based[number].made))
     return Results(study, found, words, outcomes)
 
 
@@ -125,6 +136,11 @@ def _check(study: Study) -> None:
             raise ConfigError(
                 "settings are compared by their held-out loss, and nothing is evaluated", code="E-CONF-415", place="train.eval_every_steps",
                 found="null", remedy="leave it out", nothing_done="Nothing was trained.",
+            )  # fmt: skip
+        if arm.config.data.packing and arm.config.data.max_tokens == "auto":
+            raise ConfigError(
+                "packed rows of a comparison have one length for all settings", code="E-CONF-422", place=f"data.max_tokens of {arm.name}",
+                found="auto", remedy="give data.max_tokens a number, or leave packing out", nothing_done="Nothing was trained.",
             )  # fmt: skip
     longest = study.score.max_new_tokens if study.score else 1
     counts = {"--sweep-rows": study.sweep_rows, "--samples": study.samples, "--score-rows": study.score.rows if study.score else 0}
@@ -148,11 +164,16 @@ def _each(jobs: int, items: Sequence[T], work: Callable[[T], R]) -> list[R]:
         return list(pool.map(work, items))
 
 
-def _on_base(folder: Folder, arm: Arm) -> tuple[Arm, dict[str, Any] | None]:
-    """The setting on the base calibrated for it from the training rows, and what making that took."""
+def _on_base(folder: Folder, arm: Arm) -> Based:
+    """The setting on the base calibrated for it from the training rows, where it asks for one."""
     train_rows = arm.config.data.model_copy(update=_same_rows(folder.path))
-    config, made = base.shared(folder, arm.name, arm.config.model_copy(update={"data": train_rows}))
-    return (arm, None) if made is None else (replace(arm, config=config), made)
+    try:
+        config, made = base.shared(folder, arm.name, arm.config.model_copy(update={"data": train_rows}))
+    except DoesNotFitError as fault:
+        return Based(arm, out=Out("does not fit", fault.found))
+    except NumericError as fault:
+        return Based(arm, out=Out("not calibrated", fault.found))
+    return Based(arm) if made is None else Based(replace(arm, config=config), made)
 
 
 def _same_rows(folder: Path) -> dict[str, Any]:
@@ -187,7 +208,7 @@ def _sweep(study: Study, folder: Folder, arm: Arm, found: dict[str, Any]) -> tup
 def settings_of(study: Study, folder: Path, arm: Arm, seed: int, rate: float | None) -> RunConfig:
     """Everything one run is told."""
     config = arm.config
-    training: dict[str, Any] = {"seed": config.train.seed + seed, "keep_best": False, "sample_prompts": 0}
+    training: dict[str, Any] = {"seed": config.train.seed + seed, "keep_best": False, "sample_prompts": 0, "early_stop_patience": None}
     if "save_every_steps" not in config.train.model_fields_set:
         training["save_every_steps"] = None  # a run that was cut off begins anew: cheaper than saving what is not needed
     optim = {} if rate is None else {"learning_rate": rate}
@@ -197,16 +218,18 @@ def settings_of(study: Study, folder: Path, arm: Arm, seed: int, rate: float | N
     })  # fmt: skip
 
 
-def _train_all(study: Study, folder: Folder, swept: Sequence[tuple[Arm, dict[str, Any] | None]]) -> dict[tuple[int, int], dict[str, Any]]:
+def _train_all(
+    study: Study, folder: Folder, swept: Sequence[tuple[Arm, dict[str, Any] | None, Out | None]]
+) -> dict[tuple[int, int], dict[str, Any]]:
     """{(number of the setting, seed): outcome}; seed after seed, so that a look on the way sees all settings."""
-    pairs = [(number, seed) for seed in range(study.seeds) for number, (_, sweep) in enumerate(swept) if sweep or study.sweep_rows == 0]
+    pairs = [(number, seed) for seed in range(study.seeds) for number, (_, _, out) in enumerate(swept) if out is None]
 
     def one(pair: tuple[int, int]) -> dict[str, Any]:
         number, seed = pair
-        arm, sweep = swept[number]
+        arm, sweep, _ = swept[number]
         folder.say(f"run {pairs.index(pair) + 1} of {len(pairs)}: {arm.name}, seed {seed}")
         config = settings_of(study, folder.path, arm, seed, sweep["rate"] if sweep else None)
-        outcome = train(folder, f"runs/{arm.name}/seed-{seed}", config)
+        outcome = train(folder, f"runs/{arm.name}/seed-{seed}", config, beside=study.jobs)
         if outcome["status"] == "finished":
             folder.say(f"  held-out loss {outcome['last_eval_loss']:.4f} nats/token in {seconds_text(outcome['seconds'])}")
         else:

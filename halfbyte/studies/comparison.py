@@ -58,7 +58,8 @@ def _setting(results: Results, finished: Sequence[Outcome]) -> dict[str, Any]:
         "sweep_rows": results.rows["sweep-train"] if study.sweep_rows else 0, "sweep_held_out_rows": results.rows["sweep-held-out"],
         "sweep_rows_apart": results.rows["sweep_apart"], "general_text": results.general,
         "score": _score_setting(results),
-        "threads": first.get("threads"), "jobs": study.jobs, "versions": devices.versions(),
+        "threads": first.get("threads"), "jobs": max([study.jobs, *(run.get("jobs", 1) for one in finished for run in one.runs)]),
+        "versions": devices.versions(),
         "machine": {key: machine[key] for key in ("cpu", "cores", "memory_bytes") if key in machine},
     }  # fmt: skip
 

@@ -45,6 +45,7 @@ MEASURES: tuple[Measure, ...] = (
     Measure("trained parameters", "trainable_params",
             lambda v: f"{count_text(v['trainable_params'])} ({percent_text(v['trainable_share'])})",
             (("trained_parameters", "trainable_params"), ("trained_share", "trainable_share"))),
+    _one("optimizer steps", "steps", "steps", lambda value: f"{value:,}"),
     _one("weights in memory", "weight_bytes", "weights_in_memory_bytes", bytes_text),
     _one("peak memory of the process, largest seed", "peak_memory_bytes", "peak_memory_bytes", bytes_text),
     _one("rows in one forward pass", "micro_batch_size", "micro_batch_rows", str),
@@ -117,20 +118,27 @@ def setting_lines(comparison: Values) -> list[tuple[str, str]]:
     seeds = at["seeds"]
     found = [
         ("model", str(at["model"])),
+        *((f"setting {arm['name']}", _own_words(arm["own"])) for arm in comparison["arms"]),
         ("rows", f"{at['train_rows']:,} to train on, {at['held_out_rows']:,} held out, of {Path(at['data']).name}; the same for all"),
     ]
-    if at["steps"]:
-        found.append(("training", f"{at['steps']:,} optimizer steps of {at['global_batch_size']} rows, schedule {at['schedule']}"
-                      + (f", packed into {at['max_tokens']:,} tokens" if at["packing"] else "")))  # fmt: skip
+    found.append(("training", f"{at['global_batch_size']} rows a step, schedule {at['schedule']}"
+                  + (f", packed into {at['max_tokens']:,} tokens" if at["packing"] else "")))  # fmt: skip
     found.append(("seeds", f"{len(seeds)} ({', '.join(map(str, seeds))}): order of the rows and start of the adapter, not which rows"))
     found.append(("learning rates", _sweep_words(at)))
     if at["general_text"]:
-        found.append(("general text", f"{at['general_text']}; before is the base as this setting stores it"))
+        found.append(("general text", f"{at['general_text']}; before is where this setting's training began"))
     if at["machine"]:
         found.append(("machine", f"{at['machine'].get('cpu', '?')}, {at['threads']} threads"
                       + (f", {at['jobs']} runs side by side: times disturb each other" if at["jobs"] > 1 else "")))  # fmt: skip
     found.append(("versions", ", ".join(f"{name} {version}" for name, version in at["versions"].items())))
     return found
+
+
+def _own_words(own: Values) -> str:
+    """What one setting alone is told, as on a command line."""
+    flat = [(key, value) if not isinstance(value, dict) else (f"{key}.{name}", inner)
+            for key, value in own.items() for name, inner in (value.items() if isinstance(value, dict) else [("", None)])]  # fmt: skip
+    return " ".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in flat)
 
 
 def _sweep_words(at: Values) -> str:
@@ -176,13 +184,8 @@ def csv_text(comparison: Values) -> str:
     for arm in comparison["arms"]:
         values = _filled(comparison, arm)
         cells = ["" if values.get(key) is None else repr(values[key]) for _, key in columns]
-        writer.writerow([_no_formula(arm["name"]), arm["status"], *cells])
+        writer.writerow([arm["name"], arm["status"], *cells])  # arms.NAME: no name is a spreadsheet's formula
     return out.getvalue()
-
-
-def _no_formula(name: str) -> str:
-    """A text that no spreadsheet takes for a formula."""
-    return f"'{name}" if name[:1] in ("=", "+", "-", "@", "\t") else name
 
 
 def tables(comparison: Values) -> list[Table]:

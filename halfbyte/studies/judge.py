@@ -36,9 +36,9 @@ def judged(order: dict[str, Any]) -> dict[str, Any]:
         return {"score": evaluate_rows(opened, order["held_out"])["accuracy"]} if order["score"] else {}
     found = _answers(opened, order)
     if order["general"]:
-        found["general_after"] = float(evaluate_rows(opened, order["general"])["loss"])
+        found["general_after"] = float(evaluate_rows(opened, order["general"], own_columns=False)["loss"])
         if order["before"] and (begun := _untrained(opened, run)) is not None:
-            found["general_before"] = float(evaluate_rows(begun, order["general"])["loss"])
+            found["general_before"] = float(evaluate_rows(begun, order["general"], own_columns=False)["loss"])
     return found
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from halfbyte import devices
 from halfbyte.config import RunConfig
 from halfbyte.errors import ConfigError, NumericError
-from halfbyte.studies.rows import prepare
+from halfbyte.studies.rows import digests_of, prepare
 from halfbyte.studies.runs import (
     DIVERGED,
     DOES_NOT_FIT,
@@ -199,7 +199,8 @@ def alone(config: RunConfig, path: Path, sweep_rows: int, say: Say) -> Found:
         raise ConfigError("short runs train on rows", code="E-CONF-419", place="--rows", found=str(sweep_rows), expected="1 or more",
                           nothing_done="Nothing was trained.")  # fmt: skip
     with opened(path, say) as folder:
-        now = {"settings": config.model_dump(mode="json", exclude={"out"}), "rows": sweep_rows, "versions": devices.versions()}
+        now = {"settings": config.model_dump(mode="json", exclude={"out"}), "rows": sweep_rows, "versions": devices.versions(),
+               "files": digests_of(config.model.template)}  # fmt: skip
         require_same(folder.path / "study.json", now)
         found = prepare(folder.path, config, sweep_rows=sweep_rows)
         place = folder.path / "rows"

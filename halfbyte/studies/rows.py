@@ -3,7 +3,8 @@
     rows/train.jsonl   rows/held-out.jsonl   rows/sweep-train.jsonl   rows/sweep-held-out.jsonl   rows/general.jsonl
 
 Held-out rows are those of data.eval_path, or the same that a training run would hold out.  The rates are chosen on training rows alone:
-SWEEP rows spread evenly over them, judged by up to a hundred of the others, so the held-out rows of the comparison decide nothing.
+SWEEP rows spread evenly over them (of few rows three quarters), judged by up to a hundred of the others, so the held-out rows of the
+comparison decide nothing; only where fewer than FEWEST_HELD_OUT are left do they judge the rates too, and the table says so.
 
 General text, to see what a model forgot, is by default prose that every Python carries: the language reference in `pydoc_data.topics`
 (https://docs.python.org/3/library/pydoc.html), cut into pieces of one length.  It differs a little between versions of Python, so losses
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from halfbyte.config import RunConfig
+from halfbyte.config import DataConfig, RunConfig, make
 from halfbyte.data.load import read_samples, split
 from halfbyte.data.rows import part_of_folder
 from halfbyte.errors import CheckpointError, DataError
@@ -47,7 +48,7 @@ def prepare(folder: Path, config: RunConfig, *, sweep_rows: int) -> dict[str, An
     """
     place = folder / "rows"
     train, held_out, digest = _read(config)
-    sweep_numbers = spread_evenly(train, sweep_rows)
+    sweep_numbers = spread_evenly(train, min(sweep_rows, max(len(train) * 3 // 4, len(train) - SWEEP_HELD_OUT)))
     taken = set(sweep_numbers)
     others = [row for number, row in enumerate(train) if number not in taken]
     apart = len(others) >= FEWEST_HELD_OUT
@@ -71,6 +72,25 @@ def prepare(folder: Path, config: RunConfig, *, sweep_rows: int) -> dict[str, An
         write_rows(place / f"{name}.jsonl", rows)
     write_json(place / "rows.json", found)
     return found
+
+
+def digests_of(*paths: str | None) -> dict[str, str]:
+    """{path: sha256} of those that are files: what a study reads from them must not change under it."""
+    files = {path: Path(path).expanduser() for path in paths if path}
+    return {path: hashlib.sha256(file.read_bytes()).hexdigest() for path, file in sorted(files.items()) if file.is_file()}
+
+
+def require_judgeable(folder: Path, config: RunConfig, general: Path | None, *, prompts: bool) -> None:
+    """Raise DataError now for what only the judging after all runs would find: general text that cannot be read, rows without prompts."""
+    if general is not None:
+        read_samples(str(general), make(DataConfig, {"path": str(general)}, "data"), "auto", [])
+    held_out = folder / "rows" / "held-out.jsonl"
+    shape = read_samples(str(held_out), config.data, config.data.shape, [])[1].name
+    if prompts and shape in ("text", "tokens"):
+        raise DataError(
+            "a task score needs rows with prompts", code="E-DATA-412", place=config.data.path, found=f"rows of the shape {shape}",
+            remedy="leave --score-rows out", nothing_done="Nothing was trained.",
+        )  # fmt: skip
 
 
 def _read(config: RunConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:

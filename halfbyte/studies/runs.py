@@ -31,6 +31,7 @@ from halfbyte.errors import (
     NumericError,
     StorageError,
 )
+from halfbyte.train.calibrated_base import with_own_start
 from halfbyte.train.metrics import read as read_metrics
 from halfbyte.train.run_folder import RunFolder
 
@@ -47,6 +48,8 @@ KEPT = (
 )  # fmt: skip
 PARTS = ("rows", "bases", "sweep", "points", "runs", "judged")
 """What the stages of a study leave in its folder."""
+BEGUN = "--- halfbyte study: "
+"""Begins what one process says in a log that several share."""
 Say = Callable[[str], None]
 
 
@@ -146,6 +149,8 @@ def require_same(path: Path, now: dict[str, Any]) -> None:
 def call(folder: Folder, words: Sequence[str], log: Path) -> int:
     """Run `python -m ...` to its end, its words into `log`; returns the exit code.  Raises Interrupted where it was stopped."""
     with log.open("ab") as out:
+        out.write(f"{BEGUN}{' '.join(words)}\n".encode())
+        out.flush()
         child = subprocess.Popen(
             [sys.executable, "-m", *words], stdin=subprocess.DEVNULL, stdout=out, stderr=out, pass_fds=(folder.lock,)
         )
@@ -186,17 +191,18 @@ def failure(code: int, log: Path) -> HalfbyteError:
 
 
 def last_words(log: Path, most: int = 12) -> str:
-    """The error block at the end of a log, or its last lines."""
+    """The error block at the end of what the newest process said into a log, or its last lines."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    lines = lines[max((number + 1 for number, line in enumerate(lines) if line.startswith(BEGUN)), default=0) :]
     starts = [number for number, line in enumerate(lines) if line.startswith("error E-")]
     return "\n".join(lines[starts[-1] :][:most] if starts else lines[-most:])
 
 
-def train(folder: Folder, name: str, config: RunConfig) -> dict[str, Any]:
+def train(folder: Folder, name: str, config: RunConfig, *, beside: int = 1) -> dict[str, Any]:
     """The outcome of one run, trained now or kept from before: `status` is finished, diverged or "does not fit".
 
-    A finished one has the summary of its run.json, `rate`, `threads`, its held-out `curve` [[step, loss], ...] and its speed in tokens per
-    second of stepping.  Raises what a run that failed otherwise said.
+    A finished one has the summary of its run.json, `rate`, `threads`, `jobs` (`beside`: runs at a time), its held-out `curve`
+    [[step, loss], ...] and its speed in tokens per second of stepping.  Raises what a run that failed otherwise said.
     """
     at = folder.path / name
     kept: dict[str, Any] | None = read_json(at.with_name(at.name + ".json"))
@@ -206,7 +212,7 @@ def train(folder: Folder, name: str, config: RunConfig) -> dict[str, Any]:
     run, log = RunFolder(at), at.with_name(at.name + ".log")
     if (read_json(run.summary) or {}).get("status") not in ("finished", "stopped early"):
         settings = at.with_name(at.name + ".yaml")
-        run.write_text(settings, to_yaml(config.model_copy(update={"out": str(at)})))
+        run.write_text(settings, to_yaml(with_own_start(config).model_copy(update={"out": str(at)})))
         resume = any((at / "checkpoints").glob("step-*"))
         if not resume and at.exists():
             shutil.rmtree(at)
@@ -218,7 +224,7 @@ def train(folder: Folder, name: str, config: RunConfig) -> dict[str, Any]:
             return outcome
         if code:
             raise failure(code, log)
-    outcome = outcome_of(run)
+    outcome = {**outcome_of(run), "jobs": beside}
     write_json(at.with_name(at.name + ".json"), outcome)
     return outcome
 

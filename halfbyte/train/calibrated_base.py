@@ -10,17 +10,14 @@ LLaMA-2 7B.  Sources: https://github.com/Lightning-AI/litgpt/tree/main/config_hu
 
 from pathlib import Path
 
-from halfbyte import host
 from halfbyte.calibrate.base import LEAST_ROWS, LEAST_TOKENS, Calibration, choose_rows, write_base
 from halfbyte.config.run import RunConfig
 from halfbyte.data.load import TrainData
-from halfbyte.errors import DoesNotFitError, ModelError, UnsupportedError
+from halfbyte.errors import ModelError, UnsupportedError
 from halfbyte.log import logger
 from halfbyte.models.calibrated_base import BASE, base_of_run
-from halfbyte.models.load import choose_dtype
 from halfbyte.models.source import Source
 from halfbyte.shape import ModelShape
-from halfbyte.units import bytes_text
 
 SMALL_MODEL = 3_000_000_000
 LLAMA_3_VOCABULARY = 128_000
@@ -36,11 +33,9 @@ def with_calibrated_base(config: RunConfig, source: Source, data: TrainData, *, 
     config = _decided(config, source.folder, data, out if resume else None)
     if config.quant.calibrate is not True:
         return config, None
-    if config.lora.init == "default" and "init" not in config.lora.model_fields_set:
-        config = config.model_copy(update={"lora": config.lora.model_copy(update={"init": "calibrated"})})
+    config = with_own_start(config)
     if resume:
         return config, base_of_run(Path(config.out))
-    _require_room(config, source.folder)
     rows = choose_rows([row.input_ids for row in data.train], config.quant.calibration_rows, config.train.seed, config.data.path)
     quant = config.quant.model_copy(update={"format": config.quant_format})
     lora = config.lora if config.lora.init == "calibrated" else None
@@ -51,21 +46,12 @@ def with_calibrated_base(config: RunConfig, source: Source, data: TrainData, *, 
     return config, out
 
 
-def _require_room(config: RunConfig, folder: Path) -> None:
-    """Raise DoesNotFitError where the dense weights alone are more than what is free; calibrating holds them and their packed form."""
-    try:
-        shape = ModelShape.read(folder)
-    except (ModelError, UnsupportedError):
-        return  # a family whose size is not known: the plan says so
-    dtype, _ = choose_dtype(config.model.dtype)
-    needed, free = shape.total_params * dtype.itemsize, host.memory_bytes()[1]
-    if needed > free:
-        raise DoesNotFitError(
-            "calibrating holds the dense weights in memory once", code="E-FIT-402", place="quant.calibrate",
-            found=f"{bytes_text(needed)} of weights in {str(dtype).removeprefix('torch.')} (estimate, the weights alone)",
-            expected=f"at most {bytes_text(free)}, what is free", nothing_done="Nothing was loaded.",
-            remedy="set quant.calibrate=false, or run `halfbyte quantize --calibrate` on a larger machine and train from its folder",
-        )  # fmt: skip
+def with_own_start(config: RunConfig) -> RunConfig:
+    """lora.init=calibrated where quant.calibrate is true and no init was written; to be asked before settings go through a file, which
+    writes them all."""
+    if config.quant.calibrate is not True or config.lora.init != "default" or "init" in config.lora.model_fields_set:
+        return config
+    return config.model_copy(update={"lora": config.lora.model_copy(update={"init": "calibrated"})})
 
 
 def _decided(config: RunConfig, folder: Path, data: TrainData, begun: Path | None) -> RunConfig:

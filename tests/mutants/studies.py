@@ -39,6 +39,8 @@ MUTANTS = [
     Mutant("T67", "general text before the training judged with the adapter on", JUDGE,
            '    opened.activate(str(opened.source.folder / START) if config.lora.init == "calibrated" else None)\n', "",
            IN_COMPARE + "test_what_was_forgotten_is_judged_with_and_without_the_adapter"),
+    Mutant("T44", "a calibrated base of a comparison loses its low-rank start", "halfbyte/studies/base.py",
+           "    config = with_own_start(config)\n", "", IN_COMPARE + "test_a_calibrated_setting_begins_from_its_start[given0-calibrated]"),
     Mutant("T67", "what the low-rank start repairs counts as un-forgotten", JUDGE,
            'str(opened.source.folder / START) if config.lora.init == "calibrated" else None', "None",
            IN_COMPARE + "test_before_is_where_the_training_began"),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from halfbyte.config import load_config
-from halfbyte.errors import CheckpointError, ConfigError, DataError, StorageError
+from halfbyte.errors import CheckpointError, ConfigError, DataError, DoesNotFitError, StorageError
 from halfbyte.studies import arms, compare, comparison, comparison_files, judge, runs
 from halfbyte.studies.arms import arms_of
 from halfbyte.studies.compare import Score, Study
@@ -203,6 +203,24 @@ def test_what_was_forgotten_is_judged_with_and_without_the_adapter(world: Path, 
     assert judge.judged({**order, "held_out": str(texts), "score": None, "general": None}) == {}
 
 
+@pytest.mark.parametrize("given,wanted", [((), "calibrated"), (("lora.init=default",), "default")])
+def test_a_calibrated_setting_begins_from_its_start(
+    given: tuple[str, ...], wanted: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """# T44 also behind the settings file of a run, which names every setting; an init that the user wrote stays."""
+    monkeypatch.setenv("HALFBYTE_KERNELS", "reference")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    rows = str(world / "rows.jsonl")
+    made = arms_of(None, [*SETTINGS, *given], {"model": str(world / "tiny"), "data": rows}, methods=["qlora-calibrated"])
+    found = compare.run(Study(tuple(made), seeds=1, sweep_rows=0, general="none", samples=0), tmp_path / "out", lambda text: None)
+    assert load_config(tmp_path / "out" / "runs" / "qlora-calibrated" / "seed-0" / "config.yaml").lora.init == wanted
+    base = str(tmp_path / "out" / "bases" / "qlora-calibrated" / "base")
+    plain = arms_of(None, SETTINGS, {"model": base, "data": rows}, methods=["qlora"])
+    bare = compare.run(Study(tuple(plain), seeds=1, sweep_rows=0, general="none", samples=0), tmp_path / "bare", lambda text: None)
+    begun, without = (one.outcomes[0].runs[0]["first_eval_loss"] for one in (found, bare))
+    assert (begun == pytest.approx(without, abs=1e-6)) is (wanted == "default")
+
+
 def test_before_is_where_the_training_began(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """# T67 on a calibrated base the low-rank start belongs to it: what the start repairs has not been un-forgotten by the training."""
     monkeypatch.setenv("HALFBYTE_KERNELS", "reference")
@@ -301,3 +319,52 @@ def test_a_setting_that_is_given_twice_is_refused(text: str, tmp_path: Path) -> 
 def test_what_the_comparison_chooses_is_not_given_for_all(text: str) -> None:
     with pytest.raises(ConfigError, match="E-CONF-421"):
         arms_of(None, [text], {"data": "rows.jsonl"}, methods=["full", "lora"])
+
+
+def test_what_only_the_judging_would_find_is_refused_before_training(world: Path, tmp_path: Path) -> None:
+    """# T72 a task score of rows without prompts, general text that cannot be read: not after hours of training."""
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(f'{{"body": "a lamp in hall {n}"}}\n' for n in range(90)))
+    made = arms_of(None, ["data.text_field=body"], {"model": str(world / "tiny"), "data": str(texts)}, methods=["lora"])
+    plain = Study(tuple(made), seeds=1, sweep_rows=0, samples=0)
+    with pytest.raises(DataError, match="E-DATA-412"):
+        compare.run(replace(plain, general="none", score=Score("rougeL", 4, 8)), tmp_path / "a", lambda text: None)
+    broken = tmp_path / "general.jsonl"
+    broken.write_text('{"other": 3}\n')
+    with pytest.raises(DataError, match="E-DATA-0"):
+        compare.run(replace(plain, general=str(broken)), tmp_path / "b", lambda text: None)
+    assert not (tmp_path / "a" / "runs").exists() and not (tmp_path / "b" / "runs").exists()
+
+
+def test_a_file_that_changed_under_a_study_is_noticed(world: Path, tmp_path: Path) -> None:
+    """# T71 general text and template are part of what a study is, not only their paths."""
+    general = tmp_path / "general.jsonl"
+    general.write_text('{"text": "one"}\n')
+    before = study(world, general=str(general)).identity()
+    general.write_text('{"text": "two"}\n')
+    assert study(world, general=str(general)).identity() != before
+
+
+def test_settings_that_would_not_see_the_same_rows_are_refused(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "arms.yaml").write_text("a: {method: lora, data.eval_path: other.jsonl}\n")
+    with pytest.raises(ConfigError, match=r"E-CONF-423(.*\n)+.*data\.eval_path"):
+        arms_of(None, [], {"data": "rows.jsonl"}, file=tmp_path / "arms.yaml")
+    packed = arms_of(None, ["data.packing=true"], {"model": str(world / "tiny"), "data": str(world / "rows.jsonl")}, methods=["lora"])
+    with pytest.raises(ConfigError, match="E-CONF-422"):
+        compare.run(Study(tuple(packed), seeds=1), tmp_path / "out", lambda text: None)
+
+
+def test_a_base_that_cannot_be_made_is_a_line_of_the_table(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other settings go on."""
+    def fails(*given: Any) -> Any:
+        raise DoesNotFitError("a rule", code="E-FIT-402", found="9 GiB of weights")
+
+    monkeypatch.setattr(compare.base, "shared", fails)
+    made = comparison.numbers(compare.run(study(world, sweep_rows=0), tmp_path / "out", lambda text: None))
+    assert [(arm["status"], arm["error"]) for arm in made["arms"]] == [("does not fit", "9 GiB of weights")] * 2
+
+
+def test_last_words_are_those_of_the_newest_process(tmp_path: Path) -> None:
+    log = tmp_path / "x.log"
+    log.write_text(f"{runs.BEGUN}a\nerror E-FIT-401: too large\n{runs.BEGUN}b\nstep 1\n")
+    assert runs.last_words(log) == "step 1"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.pages import comparison_plots
-from halfbyte.studies import comparison, comparison_files
+from halfbyte.studies import arms, comparison, comparison_files
 from halfbyte.studies.compare import Outcome
 from tests.pages.test_pages_report import ALLOWED_TAGS, HOSTILE
 from tests.studies import study_outcomes
@@ -95,7 +95,7 @@ def test_every_number_has_its_unit_its_setting_and_the_word_estimate_where_it_is
     text = comparison_files.text(made)
     assert "(estimate)" in next(line for line in text.splitlines() if line.startswith("steps to qlora's"))
     resting_on = (
-        "800 to train on, 100 held out", "20 optimizer steps of 16 rows", "3 (0, 1, 2)", "300 of the rows", "2 threads", "40 rows",
+        "800 to train on, 100 held out", "16 rows a step", "optimizer steps", "3 (0, 1, 2)", "300 of the rows", "2 threads", "40 rows",
     )  # fmt: skip
     assert [words for words in resting_on if words not in text] == []
     names = [name for measure in comparison_files.MEASURES for name, _ in measure.columns]
@@ -138,8 +138,9 @@ def test_no_text_from_outside_becomes_markup(tmp_path: Path, word: str) -> None:
     assert "\x1b" not in (tmp_path / "comparison.txt").read_text()
 
 
-def test_names_that_spell_a_formula_stay_text_in_the_csv() -> None:
-    assert comparison_files._no_formula("=1+1") == "'=1+1" and comparison_files._no_formula("lora") == "lora"
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@x", "\tx", "a\n"])
+def test_no_name_of_a_setting_is_a_formula_for_a_spreadsheet(name: str) -> None:
+    assert not arms.NAME.match(name)
 
 
 def test_the_pictures_are_pngs_of_what_they_are_given() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import halfbyte as hb
+from halfbyte import host
 from halfbyte.config import load_config
 from halfbyte.data.load import TrainData, load_data
 from halfbyte.errors import AdapterError, ConfigError, DoesNotFitError, HalfbyteError, ModelError
@@ -149,7 +150,7 @@ def test_dense_weights_that_do_not_fit_are_refused_before_they_are_loaded(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The plan counts the packed base; calibrating needs the dense one beside it once."""
-    monkeypatch.setattr(calibrated_base.host, "memory_bytes", lambda: (1 << 30, 100_000))
+    monkeypatch.setattr(host, "memory_bytes", lambda: (1 << 30, 100_000))
     config = load_config(None, flags={**settings(world), "out": str(tmp_path / "run")})
     data = load_data(config.data, load_tokenizer(str(world / "model")))
     with pytest.raises(DoesNotFitError, match="E-FIT-402"):
