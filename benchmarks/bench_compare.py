@@ -1,8 +1,8 @@
 """`halfbyte compare` on two real data sets with the starter model: full, LoRA, QLoRA and calibrated QLoRA, three seeds.
 
 Data: `e2e_nlg` (meaning representation to text) and `gsm8k` (maths word problems), ROWS rows spread evenly over those of at most MAX_CHARS
-characters; held out are HELD_OUT rows of the data sets' own test files, chosen the same way.  Rank 16, alpha 32, 16 rows a step, eight
-evaluations a run, the plain template of bench_methods.py, each method at its own best rate of one sweep on 300 rows.
+characters; held out are HELD_OUT rows of the data sets' own test files, chosen the same way.  Rank 16, alpha 32, eight evaluations a run, the plain
+template of bench_methods.py, each method at its own best rate of one sweep.  Rows, steps and seeds of a result stand in it.
 
 Written per set: benchmarks/results/compare-<set>.json (the comparison with the header of all results, the ratios that are asked for, and
 whether they hold) and docs/pages/comparison-<set>.html.
@@ -51,7 +51,7 @@ def command(name: str, files: dict[str, Path], out: Path, options: argparse.Name
         "--sweep-rows", str(options.sweep_rows),
         "--score", metric, "--score-rows", str(options.score_rows), "--max-new-tokens", str(longest), "--jobs", str(options.jobs),
         f"data.eval_path={files['eval']}", f"model.template={files['template']}", "data.max_tokens=512", "data.long_rows=refuse",
-        "lora.rank=16", "lora.alpha=32", "optim.warmup_share=0.05", "train.epochs=1", "train.global_batch_size=16",
+        "lora.rank=16", "lora.alpha=32", "optim.warmup_share=0.05", "train.epochs=1", f"train.global_batch_size={options.batch}",
         "train.micro_batch_size=8", f"train.threads={options.threads}",
     ]  # fmt: skip
 
@@ -89,6 +89,7 @@ def main() -> int:
     parser.add_argument("--methods", default="full,lora,qlora,qlora-calibrated")
     parser.add_argument("--rates", default="", help="where each sweep begins, METHOD=RATE,...; without it at the defaults")
     parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--batch", type=int, default=16, help="rows of an optimizer step")
     parser.add_argument("--held-out", type=int, default=HELD_OUT)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--sweep-rows", type=int, default=SWEEP_ROWS)
