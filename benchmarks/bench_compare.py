@@ -1,8 +1,8 @@
 """`halfbyte compare` on two real data sets with the starter model: full, LoRA, QLoRA and calibrated QLoRA, three seeds.
 
 Data: `e2e_nlg` (meaning representation to text) and `gsm8k` (maths word problems), ROWS rows spread evenly over those of at most MAX_CHARS
-characters; held out are HELD_OUT rows of the data sets' own test files, chosen the same way.  Rank 16, alpha 32, eight evaluations a run, the plain
-template of bench_methods.py, each method at its own best rate of one sweep.  Rows, steps and seeds of a result stand in it.
+characters; held out are HELD_OUT rows of the data sets' own test files, chosen the same way.  Rank 16, alpha 32, eight evaluations a run,
+the plain template of bench_methods.py, each method at its own best rate of one sweep.  Rows, steps and seeds of a result stand in it.
 
 Written per set: benchmarks/results/compare-<set>.json (the comparison with the header of all results, the ratios that are asked for, and
 whether they hold) and docs/pages/comparison-<set>.html.
@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.bench_methods import MAX_CHARS, SETS, TEMPLATE, as_training_row
+from halfbyte.studies.measures import interval
 
 ROWS, HELD_OUT, SEEDS, SWEEP_ROWS = 800, 100, 3, 300
 SCORES = {"e2e_nlg": ("rougeL", 48), "gsm8k": ("final_answer", 160)}
@@ -74,12 +75,21 @@ def verdicts(comparison: dict[str, Any]) -> dict[str, Any]:
     for name, most in WITHIN.items():
         if name in values and "full" in values:
             over = values[name]["eval_loss"] / values["full"]["eval_loss"] - 1
-            found[f"{name}_over_full_held_out_loss"] = {"share": over, "wanted_at_most": most, "holds": over <= most}
+            pairs = zip(seeds_of(comparison, name), seeds_of(comparison, "full"), strict=True)
+            found[f"{name}_over_full_held_out_loss"] = {
+                "share": over, "wanted_at_most": most, "holds": over <= most,
+                "share_95_percent_half_width": interval([own / full - 1 for own, full in pairs]),  # seed against seed
+            }
     share = values.get("qlora-calibrated", {}).get("steps_to_target_share")
     if "qlora-calibrated" in values:
         holds = share is not None and share <= FASTER
         found["calibrated_steps_to_qlora_loss"] = {"share_estimate": share, "wanted_at_most": FASTER, "holds": holds}
     return found
+
+
+def seeds_of(comparison: dict[str, Any], name: str) -> list[float]:
+    """The last held-out loss of each seed of a setting."""
+    return [seed["last_eval_loss"] for arm in comparison["arms"] if arm["name"] == name for seed in arm["seeds"]]
 
 
 def main() -> int:

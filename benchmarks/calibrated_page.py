@@ -13,10 +13,12 @@ HEAD = """## Figures
 
 The starter model in float32, {layers}; calibrated on {calibration_tokens:,} tokens ({of_them_judging:,} of them only judge),
 measured on {held_out_tokens:,} held-out tokens a text, before any training; rank {rank}, LoftQ with {loftq_rounds} rounds. KL is that from
-the unquantized model, the mean over the positions in nats; a range is over the seeds that draw the calibration rows. Texts: `prose` is
-Python's language reference (`pydoc_data.topics`), `code` modules of its standard library, `gsm8k` word problems. All from
-`benchmarks/results/calibrated.json`, which `python -m benchmarks.bench_calibrated` measures.
+the unquantized model, the mean over the positions in nats; a range is over the seeds that draw the calibration rows. Texts: {texts}. All
+from `benchmarks/results/calibrated.json`, which `python -m benchmarks.bench_calibrated` measures.
 """
+TEXTS = {
+    "prose": "Python's language reference (`pydoc_data.topics`)", "code": "modules of its standard library", "gsm8k": "word problems",
+}  # fmt: skip
 TABLE = """
 Weights {0}, calibrated on {1}, measured on {2}:
 
@@ -44,7 +46,8 @@ def _line(row: dict[str, Any]) -> str:
 
 def figures(body: dict[str, Any]) -> str:
     """Head, one table for each basis and text, and the time where it was measured."""
-    made = HEAD.format(**body)
+    named = dict.fromkeys(row[key] for row in body["table"] for key in ("calibrated_on", "held_out_text"))
+    made = HEAD.format(**body, texts=", ".join(f"`{name}` is {TEXTS[name]}" for name in named))
     for key in dict.fromkeys((row["basis"], row["calibrated_on"], row["held_out_text"]) for row in body["table"]):
         rows = [row for row in body["table"] if (row["basis"], row["calibrated_on"], row["held_out_text"]) == key]
         made += TABLE.format(*key) + "".join(_line(row) for row in rows)

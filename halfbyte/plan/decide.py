@@ -16,6 +16,7 @@ from typing import Any
 from halfbyte.config.run import RunConfig
 from halfbyte.errors import DoesNotFitError
 from halfbyte.plan.activations import POLICIES, own_layers
+from halfbyte.plan.four_bits import advice
 from halfbyte.plan.hardware import Hardware
 from halfbyte.plan.rates import Rates
 from halfbyte.plan.search import BATCH_TOKENS, FITS, HEADROOM, NOT, TIGHT, Option, best, first_change, options
@@ -253,6 +254,12 @@ def lines(decision: Decision) -> list[tuple[str, str]]:
     if not decision.certain:
         peak += "; high for transformers' own layers"
     chosen = [("chosen", f"{choice.key}={choice.value}: {choice.reason}") for choice in decision.choices]
+    config = decision.config
+    plain = config.method == "qlora" and config.quant.calibrate is False and config.lora.init == "default"
+    if plain and (better := advice(decision.shape)):
+        chosen.append(("4 bits", better))
+    if config.optim.learning_rate == "auto":
+        chosen.append(("rate", "the method's default; `halfbyte lr` with the same settings measures one for these rows"))
     if decision.seconds_per_step is None:
         return [("plan", peak), *chosen]
     epoch = decision.seconds_per_step * -(-rows_at_once(decision).count // decision.config.train.global_batch_size)

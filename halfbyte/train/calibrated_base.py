@@ -1,11 +1,8 @@
 """quant.calibrate: make the calibrated base of a run from its training rows before the model is loaded, or find the one it made.
 
     true    <out>/base and <out>/base/start, from data.train; the adapter begins there unless lora.init was written
-    auto    true where 4 bits are known to cost: models below 3 B parameters and those of the LLaMA-3 kind; the reason is logged
+    auto    true where 4 bits are known to cost something (halfbyte/plan/four_bits.py); the reason is logged
     false   the default: calibrating needs the model in 16 or 32 bits in memory once, which plain quantizing never does
-
-The measured costs behind `auto`: +0.03 to +0.09 nats of held-out loss for models below 3 B parameters and for LLaMA-3 8B, +0.012 for
-LLaMA-2 7B.  Sources: https://github.com/Lightning-AI/litgpt/tree/main/config_hub, https://arxiv.org/abs/2404.14047
 """
 
 from pathlib import Path
@@ -17,11 +14,8 @@ from halfbyte.errors import ModelError, UnsupportedError
 from halfbyte.log import logger
 from halfbyte.models.calibrated_base import BASE, base_of_run
 from halfbyte.models.source import Source
+from halfbyte.plan.four_bits import worth_calibrating
 from halfbyte.shape import ModelShape
-
-SMALL_MODEL = 3_000_000_000
-LLAMA_3_VOCABULARY = 128_000
-"""LLaMA 3 and its successors have 128,256 tokens, LLaMA 1 and 2 have 32,000."""
 
 
 def with_calibrated_base(config: RunConfig, source: Source, data: TrainData, *, resume: bool = False) -> tuple[RunConfig, Path | None]:
@@ -76,8 +70,4 @@ def decide(config: RunConfig, folder: Path, data: TrainData) -> tuple[bool, str]
         shape = ModelShape.read(folder)
     except (ModelError, UnsupportedError):
         return False, "the size of this model family is not known"
-    if shape.total_params < SMALL_MODEL:
-        return True, "4 bits cost models below 3 B parameters 0.03 nats and more (published)"
-    if shape.model_type == "llama" and shape.vocab >= LLAMA_3_VOCABULARY:
-        return True, "4 bits cost models of the LLaMA-3 kind 0.03 nats and more (published)"
-    return False, "4 bits cost models of this kind little (published: 0.01 nats for LLaMA-2 7B)"
+    return worth_calibrating(shape)
