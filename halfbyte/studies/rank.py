@@ -178,7 +178,7 @@ def setting_text(config: RunConfig, data: TrainData, assembled: Assembled, steps
     shorter = ", fewer tokens where training finds too little memory" if config.data.packing and config.data.max_tokens == "auto" else ""
     return (
         f"{assembled.source.name}, {config.method}, {len(data.train)} training and {min(len(data.eval), HELD_OUT_ROWS)} held-out rows of "
-        f"{config.data.path}, alpha {config.lora.alpha:g}, for a run of {steps} steps of "
+        f"{config.data.path}, alpha {config.lora.alpha:g}, for a run of {steps} {'step' if steps == 1 else 'steps'} of "
         f"{config.train.global_batch_size} {packed}{shorter}, seed {config.train.seed}"
     )
 

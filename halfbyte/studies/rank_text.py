@@ -1,5 +1,6 @@
 """What `halfbyte rank` prints, and the same as plain values for --json.  Every number has its unit; an estimate is called one."""
 
+import textwrap
 from dataclasses import asdict
 from typing import Any
 
@@ -8,12 +9,20 @@ from halfbyte.studies.rank import Choice, Recommendation
 from halfbyte.studies.rank_adapter import Costs, Group
 from halfbyte.units import bytes_text, count_text, percent_text, seconds_text
 
+WIDEST = 140
+
 
 def rows_of(header: list[str], rows: list[list[str]]) -> list[str]:
     """Columns padded to their widest cell."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip() for row in lines]
+
+
+def wrapped(line: str) -> str:
+    """A long line as several, at most WIDEST characters each where its words allow, indented as the stages are."""
+    parts = textwrap.wrap(line, WIDEST, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(parts) if len(line) > WIDEST else line
 
 
 def stages_text(found: Recommendation) -> list[str]:
@@ -65,7 +74,7 @@ def recommendation_text(found: Recommendation, *, modules: bool = False) -> str:
     lines += rows_of(header, [cells(choice, rank) for choice in found.choices])
     lines += ["loss: held-out nats/token after the probe's steps, an estimate of the run's" if found.probe is not None
               else "no loss is predicted without the stage probe", ""]  # fmt: skip
-    lines += [*stages_text(found), "", f"measured on {found.setting}; {seconds_text(found.seconds)}"]
+    lines += [*map(wrapped, stages_text(found)), "", wrapped(f"measured on {found.setting}; {seconds_text(found.seconds)}")]
     if found.modules:
         changed = sum(own != rank for own in found.modules.values())
         if modules:
@@ -125,6 +134,6 @@ def costs_text(found: Costs) -> str:
     ]  # fmt: skip
     return "\n".join([
         *rows_of(header, rows),
-        f"nats/token on {found.tokens} tokens of these rows; whole adapter {found.full:.4f}, without it {found.base:.4f}; predicted by the "
-        f"same cuts on {found.calibration_tokens} other tokens",
+        wrapped(f"nats/token on {found.tokens} tokens of these rows; whole adapter {found.full:.4f}, without it {found.base:.4f}; "
+                f"predicted by the same cuts on {found.calibration_tokens} other tokens"),
     ])  # fmt: skip
