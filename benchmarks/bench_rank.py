@@ -30,6 +30,7 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.bench_methods import MAX_CHARS, TEMPLATE, as_training_row
+from benchmarks.bench_train import code_digest
 from halfbyte.studies.rows import spread_evenly
 
 PLANTED, DRAWS = (1, 4, 16, 64), 5
@@ -191,16 +192,16 @@ def main() -> int:
     parser.add_argument("--draws", type=int, default=DRAWS)
     parser.add_argument("--rows", type=int, default=ROWS)
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    work = options.work.absolute()
+    work = (options.work / f"{code_digest()}-{options.rows}-rows").absolute()  # a result of other code or other rows is never used
+    work.mkdir(parents=True, exist_ok=True)
     earlier = record.RESULTS / "rank.json"
     kept = json.loads(earlier.read_text()) if earlier.exists() else {}
     body = {part: kept[part] for part in ("planted", "sets") if part in kept}
     if options.part in ("planted", "all"):
-        body["planted"] = planted_part(work, options.jobs, options.draws)
+        body["planted"] = {"commit": record.commit(), **planted_part(work, options.jobs, options.draws)}
         print(f"within a factor of 2: {body['planted']['within_factor_2']} of {body['planted']['draws']}")
     if options.part in ("sets", "all"):
-        body["sets"] = sets_part(work, options.jobs, options.rows)
+        body["sets"] = {"commit": record.commit(), **sets_part(work, options.jobs, options.rows)}
         for one in body["sets"]["sets"]:
             print(f"{one['set']:<18} recommended {one['recommended']:>3}  {one['above_best_percent']:+.2f} % of the best  smallest "
                   f"{one['smallest']:>3}  passed {one['passed']}")  # fmt: skip
