@@ -13,6 +13,7 @@ from torch import nn
 
 from benchmarks.bench_rank import judged, prepare
 from benchmarks.rank_planted import planted
+from benchmarks.record import RESULTS
 from halfbyte.cli.main import run
 from halfbyte.config import DataConfig, load_config
 from halfbyte.data.batches import Batch
@@ -286,3 +287,13 @@ def test_refusals(words: tuple[object, ...], code: str, world: tuple[Path, Path]
     model, data = world
     ended, _, text = command("--model", model, "--data", data, *words)
     assert ended == 2 and code in text
+
+
+def test_the_page_has_the_figures_of_the_result() -> None:
+    """docs/rank.md against the committed result."""
+    planted = json.loads((RESULTS / "rank.json").read_text())["planted"]
+    page = (RESULTS.parents[1] / "docs" / "rank.md").read_text()
+    for rank in sorted({case["planted"] for case in planted["cases"]}):
+        found = ", ".join(str(case["recommended"]) for case in planted["cases"] if case["planted"] == rank)
+        assert f"| {rank} | {found} |" in page
+    assert f"{planted['within_factor_2']} of {planted['draws']} are within a factor of two" in page
