@@ -120,14 +120,16 @@ def run(study: Study, path: Path, say: Say) -> Results:
         based = [_on_base(folder, arm) for arm in study.arms]
         swept = _each(study.jobs, based, lambda one: (None, one.out) if one.out else _sweep(study, folder, one.arm, found))
         trained = _train_all(study, folder, [(one.arm, *result) for one, result in zip(based, swept, strict=True)])
-        outcomes = []
-        for number, (arm, (sweep, out)) in enumerate(zip(study.arms, swept)):
+
+        def outcome(number: int) -> Outcome:
+            arm, (sweep, out) = study.arms[number], swept[number]
             runs = [trained[number, seed] for seed in range(study.seeds) if (number, seed) in trained]
             out = out or next((Out(one["status"], one["error"]) for one in runs if one["status"] != "finished"), None)
             judged = [_judge(study, folder, arm, seed, one, text) for seed, one in enumerate(runs)] if out is None else []
             status, error = (out.status, out.error) if out else ("finished", "")
-            outcomes.append(Outcome(arm, status, sweep, runs, judged, error, based[number].made))
-    return Results(study, found, words, outcomes)
+            return Outcome(arm, status, sweep, runs, judged, error, based[number].made)
+
+        return Results(study, found, words, _each(study.jobs, range(len(study.arms)), outcome))
 
 
 def _check(study: Study) -> None:
