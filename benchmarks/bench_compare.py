@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks import record
 from benchmarks.bench_methods import MAX_CHARS, SETS, TEMPLATE, as_training_row
 from halfbyte.studies.measures import interval
+from halfbyte.studies.rows import spread_evenly
 
 ROWS, HELD_OUT, SEEDS, SWEEP_ROWS = 800, 100, 3, 300
 SCORES = {"e2e_nlg": ("rougeL", 48), "gsm8k": ("final_answer", 160)}
@@ -36,9 +37,9 @@ def prepare(work: Path, name: str, rows: int, held_out: int) -> dict[str, Path]:
     files = {part: work / f"{name}-{part}.jsonl" for part in ("train", "eval")} | {"template": work / "plain.jinja"}
     files["template"].write_text(TEMPLATE)
     for part, source, count in (("train", "train", rows), ("eval", "test", held_out)):
-        lines = (record.SHARED / name / f"{source}.jsonl").open(encoding="utf-8")
+        lines = (record.SHARED / name / f"{source}.jsonl").read_text(encoding="utf-8").splitlines()
         short = [row for row in map(as_training_row, map(json.loads, lines)) if len(json.dumps(row)) <= MAX_CHARS[name]]
-        chosen = [short[number * len(short) // count] for number in range(min(count, len(short)))]
+        chosen = [short[number] for number in spread_evenly(short, count)]
         files[part].write_text("".join(json.dumps(row) + "\n" for row in chosen))
     return files
 
@@ -106,6 +107,7 @@ def main() -> int:
     parser.add_argument("--score-rows", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--note", default="", help="what a reader of the result must know, such as other work on the machine")
     parser.add_argument("--dry", action="store_true", help="run, but write neither result nor page")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -119,7 +121,7 @@ def main() -> int:
         for label, verdict in verdicts(comparison).items():
             print(f"{name}: {label}: {verdict}")
         if not options.dry:
-            print(record.write(f"compare-{name}", {"set": name, "asked": verdicts(comparison), **comparison}))
+            print(record.write(f"compare-{name}", {"set": name, "note": options.note, "asked": verdicts(comparison), **comparison}))
             PAGES.mkdir(parents=True, exist_ok=True)
             (PAGES / f"comparison-{name}.html").write_bytes((out / "comparison.html").read_bytes())
     return 0

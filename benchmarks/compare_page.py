@@ -15,8 +15,8 @@ SETS = {"e2e_nlg": "e2e_nlg, meaning to text", "gsm8k": "gsm8k, word problems"}
 BEGIN, END = "<!-- figures -->\n", "<!-- /figures -->"
 HEAD = """
 **{title}**: {train_rows} rows to train on and {held_out_rows} held out, {batch} rows a step, {seeds} seeds, rates from sweeps over
-{sweep_rows} of the rows. Runs had {threads} thread(s) each and went {jobs} at a time beside other work on {device}: their times are no
-measure of speed. [The page of this comparison](pages/comparison-{name}.html), `benchmarks/results/compare-{name}.json`.
+{sweep_rows} of the rows. Runs had {threads} thread(s) each and went {jobs} at a time on {device}.{note}
+[The page of this comparison](pages/comparison-{name}.html), `benchmarks/results/compare-{name}.json`.
 
 """
 ASKED = {
@@ -28,13 +28,15 @@ ASKED = {
 def asked(body: dict[str, Any]) -> str:
     """The ratios in a sentence, each with its interval over the seeds."""
     found = body["asked"]
-    parts = [
-        f"{words} {100 * found[key]['share']:+.2f} % (± {100 * found[key]['share_95_percent_half_width']:.2f})"
-        for key, words in ASKED.items() if key in found
-    ]  # fmt: skip
+    parts = [f"{words} {100 * found[key]['share']:+.2f} %{_width(found[key])}" for key, words in ASKED.items() if key in found]
     share = found.get("calibrated_steps_to_qlora_loss", {}).get("share_estimate")
     steps = f" From the calibrated base QLoRA's last held-out loss is reached in {share:.2f} of its steps (estimate)." if share else ""
     return f"{', '.join(parts)}: means, with the 95 % interval over the seeds, seed against seed.{steps}\n"
+
+
+def _width(ratio: dict[str, Any]) -> str:
+    half = ratio["share_95_percent_half_width"]
+    return "" if half is None else f" (± {100 * half:.2f})"
 
 
 def figures(bodies: dict[str, dict[str, Any]]) -> str:
@@ -43,7 +45,8 @@ def figures(bodies: dict[str, dict[str, Any]]) -> str:
     for name, body in bodies.items():
         at = body["setting"]
         made += HEAD.format(
-            title=SETS[name], name=name, batch=at["global_batch_size"], seeds=len(at["seeds"]), device=body["device"],
+            title=SETS[name], name=name, note=f" {body['note']}" if body.get("note") else "", batch=at["global_batch_size"],
+            seeds=len(at["seeds"]), device=body["device"],
             **{key: at[key] for key in ("train_rows", "held_out_rows", "sweep_rows", "threads", "jobs")},
         )  # fmt: skip
         arms = [arm["name"] for arm in body["arms"]]

@@ -10,8 +10,9 @@ What this is not: a proof that no secret is left.  A password without a name bes
 import re
 
 BLANK = "<hidden>"
-_TOKENS = re.compile(  # with a capital or a digit in them, for folders are called hf_models, and their paths are read back
-    r"\b(?:hf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{12,}|sk-(?=[a-z_-]*[A-Z0-9])[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{12,}|github_pat_[A-Za-z0-9_]{12,}|glpat-[A-Za-z0-9_-]{12,}"
+_TOKENS = re.compile(  # no part of a path, and with a capital or a digit: folders are called hf_models, and their paths are read back
+    r"(?<![\w/])(?:hf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{12,}|sk-(?=[a-z_-]*[A-Z0-9])[A-Za-z0-9_-]{16,}"
+    r"|gh[pousr]_[A-Za-z0-9]{12,}|github_pat_[A-Za-z0-9_]{12,}|glpat-[A-Za-z0-9_-]{12,}"
     r"|xox[abprs]-[A-Za-z0-9-]{10,}|AKIA[0-9A-Z]{16}|AIza[0-9A-Za-z_-]{30,}|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*)"
 )
 _IN_URL = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")

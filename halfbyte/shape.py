@@ -181,7 +181,10 @@ _UNEVEN = ("mlp_only_layers", "decoder_sparse_step")
 
 @dataclass(frozen=True, eq=False)
 class ModelShape:
-    """A model's sizes and all its weights; `sizes` holds every number by its word (queries, keys, inner, experts ...)."""
+    """A model's sizes and all its weights; `sizes` holds every number by its word (queries, keys, inner, experts ...).
+
+    packed  its files hold few bits a weight already
+    """
 
     model_type: str
     hidden: int
@@ -190,6 +193,7 @@ class ModelShape:
     max_positions: int
     weights: tuple[Weight, ...]
     sizes: Mapping[str, int] = field(default_factory=dict)
+    packed: bool = False
 
     @classmethod
     def read(cls, folder: Path) -> "ModelShape":
@@ -229,7 +233,10 @@ class ModelShape:
             around = [Weight(w.name, w.kind, w.size, w.bias, tied=True) if w.kind == "head" else w for w in around]
         if values.get("do_layer_norm_before") is False:
             around = [weight for weight in around if weight.kind != "norm"]
-        return cls(str(kind), sizes["hidden"], sizes["layers"], sizes["vocab"], sizes["positions"], (*around, *layer), sizes)
+        return cls(
+            str(kind), sizes["hidden"], sizes["layers"], sizes["vocab"], sizes["positions"], (*around, *layer), sizes,
+            "quantization_config" in values,
+        )  # fmt: skip
 
     @property
     def total_params(self) -> int:

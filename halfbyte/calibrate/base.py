@@ -182,7 +182,8 @@ def _require_room(model: ModelConfig, folder: Path) -> None:
             "calibrating holds the dense weights in memory once", code="E-FIT-402", place=str(folder),
             found=f"{bytes_text(needed)} of weights in {str(dtype).removeprefix('torch.')} (estimate, the weights alone)",
             expected=f"at most {bytes_text(free)}, what is free", nothing_done="Nothing was loaded.",
-            remedy="leave the calibration out (quant.calibrate=false), or run `halfbyte quantize --calibrate` on a larger machine",
+            remedy="leave the calibration out (quant.calibrate=false), or run `halfbyte quantize --calibrate` on a larger machine"
+            " and train from its folder",
         )  # fmt: skip
 
 

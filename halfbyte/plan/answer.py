@@ -12,6 +12,7 @@ from halfbyte import host
 from halfbyte.data.lengths import Lengths, lengths
 from halfbyte.errors import ConfigError
 from halfbyte.plan.activations import own_layers
+from halfbyte.plan.four_bits import advice
 from halfbyte.plan.hardware import PROCESSOR, Hardware
 from halfbyte.plan.rates import PEAKS, Rates, nearest_rates, read_all, widths_of
 from halfbyte.plan.search import FITS, NOT, TIGHT, Change, Option, best, first_change, options, order
@@ -95,7 +96,9 @@ def answer(question: Question) -> Answer:
     listed = [one for every in tried.values() for one in every if one.verdict != NOT]
     listed.sort(key=lambda one: (one.verdict == TIGHT, places[one.setting.method]))
     rates = nearest_rates(shape, question.base.dtype, read_all()) if hardware.name == PROCESSOR else None
-    return Answer(question, found, tuple(ranking), changes, tuple(listed), rates)
+    better = advice(shape) if question.base.format in ("nf4", "fp4") else ""
+    reasons = tuple((method, f"{why}. {better}" if method == "qlora" and better else why) for method, why in ranking)
+    return Answer(question, found, reasons, changes, tuple(listed), rates)
 
 
 def kept_rows(question: Question) -> Rows | None:

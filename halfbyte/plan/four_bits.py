@@ -21,6 +21,6 @@ def worth_calibrating(shape: ModelShape) -> tuple[bool, str]:
 
 
 def advice(shape: ModelShape) -> str:
-    """A line for a plan of qlora; empty where plain 4 bits serve."""
+    """A line for a plan of qlora; empty where plain 4 bits serve, and for files that are packed already."""
     worth, why = worth_calibrating(shape)
-    return f"{why}; quant.calibrate=true makes a better base first" if worth else ""
+    return f"{why}; quant.calibrate=true makes a better base first" if worth and not shape.packed else ""

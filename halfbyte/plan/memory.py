@@ -17,6 +17,7 @@ Does not count: pages of mapped model files, which the system drops when memory 
 token ids; evaluation, which keeps no activations.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -109,11 +110,16 @@ def trained_dtype(setting: Setting) -> str:
 
 
 def state_bytes(shape: ModelShape, setting: Setting) -> int:
+    """Of everything that is trained; see `bytes_of_state`."""
+    return bytes_of_state(trained_tensors(shape, setting), setting.state, trained_dtype(setting))
+
+
+def bytes_of_state(tensors: Iterable[int], state: str, dtype: str) -> int:
     """fp32: 8 n; int8: 2 n + 8 ceil(n / 256) for tensors of 4096 elements or more; + 4 n of fp32 masters where the parameters are bf16."""
-    master = 0 if trained_dtype(setting) == "float32" else 4
+    master = 0 if dtype == "float32" else 4
     total = 0
-    for count in trained_tensors(shape, setting):
-        small = setting.state == "float32" or count < SMALLEST_INT8
+    for count in tensors:
+        small = state == "float32" or count < SMALLEST_INT8
         total += count * master + (8 * count if small else 2 * count + 8 * -(-count // INT8_BLOCKSIZE))
     return total
 

@@ -2,7 +2,6 @@
 
 from halfbyte.plan.activations import POLICIES, own_layers
 from halfbyte.plan.answer import Answer, found_with_change, seconds_per_step, steps_per_epoch, time_source
-from halfbyte.plan.four_bits import advice
 from halfbyte.plan.hardware import CARDS_GB, PROCESSOR
 from halfbyte.plan.search import FITS, NOT, Option
 from halfbyte.plan.setting import trained_params
@@ -91,8 +90,6 @@ def _fitting(given: Answer) -> str:
     for number, (method, why) in enumerate(given.ranking, 1):
         one = given.found[method]
         lines.append(f"{number}. {method}, {bytes_text(one.memory.total)}: {why}\n   {how(one)}")
-        if method == "qlora" and (better := advice(given.question.shape)):
-            lines.append(f"   {better}")
     return "what fits, best first\n" + "\n".join(lines) if lines else "nothing of this fits"
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from halfbyte.config import RunConfig, load_config
 from halfbyte.config.load import GROUPS
+from halfbyte.config.rules import value_at
 from halfbyte.config.yaml_text import parse, read_text
 from halfbyte.errors import ConfigError, nearest
 
@@ -32,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
 RESTING: dict[str, tuple[str, ...]] = {"full": ("lora", "quant", "optim.lora_plus_ratio"), "lora": ("quant",)}
 """Settings given for all that say nothing to a method."""
 OWN = ("out", "method")
-SAME = frozenset({"data.path", "data.eval_path", "data.eval_rows", "data.max_rows", "model.name"})
+SAME = ("data.path", "data.eval_path", "data.eval_rows", "data.max_rows", "data.shape", "model.name", "model.revision")
 """What no setting of a comparison has for itself."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,39}\Z")
 
@@ -59,16 +60,20 @@ def arms_of(
             raise _fault("E-CONF-421", "a comparison chooses this itself", place=key, found=one, remedy="see --methods, --arms and --out")
     own = {name: _method(name) for name in methods}
     for name, values in (_named(file) if file is not None else {}).items():
-        if same := sorted(SAME & {f"{group}.{key}" for group, inner in values.items() if isinstance(inner, Mapping) for key in inner}):
-            raise _fault("E-CONF-423", "the rows are the same for all settings of a comparison", place=f"{file}, {name}",
-                         found=", ".join(same), remedy="give it for all, on the command line or with --config")  # fmt: skip
         if name in own:
             raise _fault("E-CONF-413", "each setting of a comparison has a name of its own", found=name, remedy="choose another name")
         own[name] = values
     if not own:
         raise _fault("E-CONF-414", "a comparison needs at least one setting", expected=", ".join(METHODS), remedy="see --methods")
-    given = load_config(path, overrides, {**flags, "method": "qlora"}).model_dump(exclude_unset=True)
-    return [Arm(name, values, _whole(given, values)) for name, values in own.items()]
+    common = load_config(path, overrides, {**flags, "method": "qlora"})
+    given = common.model_dump(exclude_unset=True)
+    arms = [Arm(name, values, _whole(given, values)) for name, values in own.items()]
+    for arm in arms:
+        if other := [key for key in SAME if value_at(arm.config, key) != value_at(common, key)]:
+            raise _fault("E-CONF-423", "model and rows are the same for all settings of a comparison", place=f"{file}, {arm.name}",
+                         found=", ".join(f"{key}={value_at(arm.config, key)}" for key in other),
+                         remedy="give it for all, on the command line or with a settings file")  # fmt: skip
+    return arms
 
 
 def _method(name: str) -> dict[str, Any]:

@@ -20,15 +20,15 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.models.load import load_tokenizer, token_limit
 from halfbyte.models.source import resolve
 from halfbyte.studies.runs import Folder, call, failure, read_json, write_json
-from halfbyte.train.calibrated_base import with_calibrated_base, with_own_start
+from halfbyte.train.calibrated_base import settled, with_calibrated_base
 from halfbyte.train.run_folder import RunFolder
 
 
 def shared(folder: Folder, name: str, config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]:
-    """(the settings on the base made for them, what making it took); the settings themselves and None where they calibrate nothing."""
+    """(the settings on the base made for them, what making it took); the settings, auto decided, and None where they calibrate nothing."""
+    config = settled(config)
     if config.quant.calibrate is not True:
         return config, None
-    config = with_own_start(config)
     at = folder.path / "bases" / name
     made: dict[str, Any] | None = read_json(at.with_name(f"{name}.json"))
     if made is None:

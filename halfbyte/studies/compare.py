@@ -68,7 +68,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Out:
-    """Why a setting has no numbers: it does not fit, or it diverges; the others go on."""
+    """Why a setting has no numbers (it does not fit, it diverges, no rate is stable, its base cannot be made); the others go on."""
 
     status: str
     error: str
@@ -175,7 +175,7 @@ def _on_base(folder: Folder, arm: Arm) -> Based:
         return Based(arm, out=Out("does not fit", fault.found))
     except NumericError as fault:
         return Based(arm, out=Out("not calibrated", fault.found))
-    return Based(arm) if made is None else Based(replace(arm, config=config), made)
+    return Based(replace(arm, config=config), made)
 
 
 def _same_rows(folder: Path) -> dict[str, Any]:

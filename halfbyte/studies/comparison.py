@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from halfbyte import devices
+from halfbyte.config.rules import value_at
 from halfbyte.studies.compare import Outcome, Results
 from halfbyte.studies.measures import interval, mean, mean_curve, spread, steps_to_reach
 
@@ -50,11 +51,17 @@ def _setting(results: Results, finished: Sequence[Outcome]) -> dict[str, Any]:
     study, config = results.study, results.study.arms[0].config
     first = finished[0].runs[0] if finished else {}
     machine = first.get("machine", {})
+
+    def common(key: str) -> Any:
+        """What all settings have; None where they differ, which the words of each setting tell."""
+        values = [value_at(arm.config, key) for arm in study.arms]
+        return values[0] if all(value == values[0] for value in values) else None
+
     return {
         "model": config.model.name, "data": results.rows["source"], "train_rows": results.rows["train"],
-        "held_out_rows": results.rows["held-out"], "rows_sha256": results.rows["digest"], "steps": first.get("steps"),
-        "global_batch_size": config.train.global_batch_size, "max_tokens": first.get("max_tokens"), "packing": config.data.packing,
-        "schedule": config.optim.schedule, "seeds": [config.train.seed + seed for seed in range(study.seeds)],
+        "held_out_rows": results.rows["held-out"], "rows_sha256": results.rows["digest"],
+        "global_batch_size": common("train.global_batch_size"), "max_tokens": first.get("max_tokens"), "packing": common("data.packing"),
+        "schedule": common("optim.schedule"), "seeds": [config.train.seed + seed for seed in range(study.seeds)],
         "sweep_rows": results.rows["sweep-train"] if study.sweep_rows else 0, "sweep_held_out_rows": results.rows["sweep-held-out"],
         "sweep_rows_apart": results.rows["sweep_apart"], "general_text": results.general,
         "score": _score_setting(results),

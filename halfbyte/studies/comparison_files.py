@@ -121,8 +121,11 @@ def setting_lines(comparison: Values) -> list[tuple[str, str]]:
         *((f"setting {arm['name']}", _own_words(arm["own"])) for arm in comparison["arms"]),
         ("rows", f"{at['train_rows']:,} to train on, {at['held_out_rows']:,} held out, of {Path(at['data']).name}; the same for all"),
     ]
-    found.append(("training", f"{at['global_batch_size']} rows a step, schedule {at['schedule']}"
-                  + (f", packed into {at['max_tokens']:,} tokens" if at["packing"] else "")))  # fmt: skip
+    words = [text for key, text in (
+        ("global_batch_size", f"{at['global_batch_size']} rows a step"), ("schedule", f"schedule {at['schedule']}"),
+        ("packing", f"packed into {at['max_tokens']:,} tokens" if at["packing"] else "rows one by one"),
+    ) if at[key] is not None]  # fmt: skip
+    found.append(("training", ", ".join([*words, *(["otherwise as each setting says"] if len(words) < 3 else [])])))
     found.append(("seeds", f"{len(seeds)} ({', '.join(map(str, seeds))}): order of the rows and start of the adapter, not which rows"))
     found.append(("learning rates", _sweep_words(at)))
     if at["general_text"]:

@@ -21,6 +21,7 @@ from typing import Any
 from halfbyte import devices
 from halfbyte.config import RunConfig
 from halfbyte.errors import ConfigError, NumericError
+from halfbyte.studies.base import shared
 from halfbyte.studies.rows import digests_of, prepare
 from halfbyte.studies.runs import (
     DIVERGED,
@@ -204,6 +205,8 @@ def alone(config: RunConfig, path: Path, sweep_rows: int, say: Say) -> Found:
         require_same(folder.path / "study.json", now)
         found = prepare(folder.path, config, sweep_rows=sweep_rows)
         place = folder.path / "rows"
+        rows = config.data.model_copy(update={"path": str(place / "sweep-train.jsonl"), "eval_path": str(place / "sweep-held-out.jsonl")})
+        config, _ = shared(folder, "setting", config.model_copy(update={"data": rows}))
         sweep = find(
             folder, "points", config, rows=place / "sweep-train.jsonl", count=found["sweep-train"], held_out=place / "sweep-held-out.jsonl"
         )

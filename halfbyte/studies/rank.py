@@ -8,13 +8,13 @@ Each stage may be left out.  What is trained, on what base and at which rate is 
 left out of the trial.  With data.packing a step is one of packed rows, in the run as in the probe; capacity, gradient and the held-out loss
 look at rows one by one.
 
-Bytes of a parameter follow the types (`bytes_of_a_parameter`): 4 in the file and 16 while training in float32, fewer in 16 bits or with an
+Bytes of a parameter follow the types (`training_bytes`): 4 in the file and 16 while training in float32, fewer in 16 bits or with an
 int8 state; those while training are computed, an estimate.  Seconds a step are an estimate too: measured at one rank, and scaled by the
 operations of another.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
@@ -27,7 +27,7 @@ from halfbyte.errors import ConfigError, DataError, nearest
 from halfbyte.models.assemble import Assembled, assemble
 from halfbyte.models.load import load_tokenizer, token_limit
 from halfbyte.models.source import resolve
-from halfbyte.plan.memory import INT8_BLOCKSIZE
+from halfbyte.plan.memory import bytes_of_state
 from halfbyte.quant.storage_cost import WIDTHS
 from halfbyte.studies.rank_capacity import TASKS, Capacity, capacity
 from halfbyte.studies.rank_decision import MOST, Decision, decide
@@ -144,7 +144,8 @@ def measure(config: RunConfig, ask: Ask, data: TrainData, assembled: Assembled) 
                         remedy="give more rows, or leave gradient out of --stages", nothing_done="Nothing was measured.")  # fmt: skip
     items = items_of(config, data)
     problem = problem_of(config, data, items, assembled)
-    rank_one = sum(layer.lora_a.shape[1] + layer.lora_b.shape[0] for layer in adapt(problem, 1).values())
+    sides = [side for layer in adapt(problem, 1).values() for side in (layer.lora_a.shape[1], layer.lora_b.shape[0])]
+    rank_one = sum(sides)
     steps = total_steps(config, len(items))
     held, gradient, probe = None, None, None
     if "capacity" in ask.stages:
@@ -157,14 +158,13 @@ def measure(config: RunConfig, ask: Ask, data: TrainData, assembled: Assembled) 
             problem, rank=ask.probe_rank, steps=length, recover_steps=math.ceil(RECOVER_SHARE * length), rate=rate_of(config, assembled)
         )  # fmt: skip
         held = held.with_floor(probe.loss) if held is not None else None
-    stored, training = bytes_of_a_parameter(config)
-    most = max(1, host.memory_bytes()[1] // 2 // int(training * rank_one)) if problem.device.type == "cpu" else MOST
+    most = max(1, host.memory_bytes()[1] // 2 // training_bytes(config, sides)) if problem.device.type == "cpu" else MOST
     decision = decide(held, gradient, probe, planned_steps=steps, most=min(MOST, most))
     trained = sum(sum(label != -100 for label in example.labels[1:]) for example in data.train)
     per_step = trained / len(items) * config.train.global_batch_size
     timing = timing_of(gradient, probe, rank_one, assembled.total_params, per_step)
     ranks = sorted({max(1, decision.rank // 2), decision.rank, decision.rank * 2})
-    choices = tuple(choice(rank, rank_one, probe, timing, stored, training) for rank in ranks)
+    choices = tuple(choice(config, rank, sides, probe, timing) for rank in ranks)
     modules = module_ranks(gradient, decision.rank) if gradient is not None else {}
     return Recommendation(
         decision, choices, held, gradient, probe, modules, config.lora.alpha, config.lora.rslora, steps,
@@ -238,23 +238,20 @@ def timing_of(
     return lambda rank: measured * tokens_per_step * (4 * total_params + 6 * rank_one * rank) / (4 * total_params + 6 * rank_one * at)
 
 
-def bytes_of_a_parameter(config: RunConfig) -> tuple[int, float]:
-    """(in the file, while training) of one adapter weight: itself, its gradient, its optimizer state and, of 16 bits, its master."""
-    width = WIDTHS[config.lora.dtype]
-    state = 8.0 if config.optim.state == "float32" else 2 + 8 / INT8_BLOCKSIZE
-    return width, 2 * width + state + (0 if config.lora.dtype == "float32" else 4)
+def training_bytes(config: RunConfig, tensors: Iterable[int]) -> int:
+    """Adapter weights of these sizes while they train: themselves, gradients, optimizer state and, of 16 bits, masters."""
+    tensors = list(tensors)
+    return 2 * WIDTHS[config.lora.dtype] * sum(tensors) + bytes_of_state(tensors, config.optim.state, config.lora.dtype)
 
 
-def choice(
-    rank: int, rank_one: int, probe: Probe | None, timing: Callable[[int], float] | None, stored: int, training: float
-) -> Choice:
-    """What one rank costs and is predicted to reach."""
+def choice(config: RunConfig, rank: int, sides: Sequence[int], probe: Probe | None, timing: Callable[[int], float] | None) -> Choice:
+    """What one rank costs and is predicted to reach; `sides` are the inputs and outputs of all layers that are adapted."""
     point = predicted(probe.points, rank) if probe is not None else None
-    parameters = rank_one * rank
+    parameters = rank * sum(sides)
     best = min(loss for loss in (one.loss for one in probe.points.values()) if loss is not None) if probe is not None else None
     return Choice(
-        rank, parameters, stored * parameters, round(training * parameters), None if timing is None else timing(rank), point,
-        None if point is None or best is None else point - best,
+        rank, parameters, WIDTHS[config.lora.dtype] * parameters, training_bytes(config, (rank * side for side in sides)),
+        None if timing is None else timing(rank), point, None if point is None or best is None else point - best,
     )  # fmt: skip
 
 

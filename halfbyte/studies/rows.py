@@ -75,9 +75,15 @@ def prepare(folder: Path, config: RunConfig, *, sweep_rows: int) -> dict[str, An
 
 
 def digests_of(*paths: str | None) -> dict[str, str]:
-    """{path: sha256} of those that are files: what a study reads from them must not change under it."""
-    files = {path: Path(path).expanduser() for path in paths if path}
-    return {path: hashlib.sha256(file.read_bytes()).hexdigest() for path, file in sorted(files.items()) if file.is_file()}
+    """{path: sha256} of the files and folders among them: what a study reads from them must not change under it."""
+    places = {path: Path(path).expanduser() for path in paths if path}
+    found = {}
+    for path, place in sorted(places.items()):
+        files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
+        if files:
+            digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+            found[path] = digests[0] if place.is_file() else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return found
 
 
 def require_judgeable(folder: Path, config: RunConfig, general: Path | None, *, prompts: bool) -> None:

@@ -31,7 +31,6 @@ from halfbyte.errors import (
     NumericError,
     StorageError,
 )
-from halfbyte.train.calibrated_base import with_own_start
 from halfbyte.train.metrics import read as read_metrics
 from halfbyte.train.run_folder import RunFolder
 
@@ -125,11 +124,11 @@ def _damaged(path: Path, found: str) -> CheckpointError:
 def require_same(path: Path, now: dict[str, Any]) -> None:
     """The study described by `now` begins, or goes on, where `path` describes one.
 
-    Where that is another one: it is replaced if none of its runs took a step, for a first command that was refused leaves nothing worth
-    keeping; otherwise CheckpointError.
+    Where that is another one: it is replaced, with a base that it made, if none of its runs took a step, for a first command that was
+    refused leaves little worth keeping; otherwise CheckpointError.
     """
     before = read_json(path)
-    if before is not None and before != now and not any(path.parent.rglob("metrics.jsonl")):
+    if before is not None and before != now and set(now) <= set(before) | {"files"} and not _has_stepped(path.parent):
         for part in PARTS:
             shutil.rmtree(path.parent / part, ignore_errors=True)
         before = None
@@ -144,6 +143,11 @@ def require_same(path: Path, now: dict[str, Any]) -> None:
             found=f"other {', '.join(keys)}", remedy="name another folder with --out, or the same settings as before",
             nothing_done="Nothing was trained.",
         )  # fmt: skip
+
+
+def _has_stepped(folder: Path) -> bool:
+    """Whether a run in this folder made an optimizer step."""
+    return any("loss" in record for metrics in folder.rglob("metrics.jsonl") for record in read_metrics(metrics))
 
 
 def call(folder: Folder, words: Sequence[str], log: Path) -> int:
@@ -212,7 +216,7 @@ def train(folder: Folder, name: str, config: RunConfig, *, beside: int = 1) -> d
     run, log = RunFolder(at), at.with_name(at.name + ".log")
     if (read_json(run.summary) or {}).get("status") not in ("finished", "stopped early"):
         settings = at.with_name(at.name + ".yaml")
-        run.write_text(settings, to_yaml(with_own_start(config).model_copy(update={"out": str(at)})))
+        run.write_text(settings, to_yaml(config.model_copy(update={"out": str(at)})))
         resume = any((at / "checkpoints").glob("step-*"))
         if not resume and at.exists():
             shutil.rmtree(at)

@@ -13,7 +13,7 @@ from halfbyte.data.load import TrainData
 from halfbyte.errors import ModelError, UnsupportedError
 from halfbyte.log import logger
 from halfbyte.models.calibrated_base import BASE, base_of_run
-from halfbyte.models.source import Source
+from halfbyte.models.source import Source, resolve
 from halfbyte.plan.four_bits import worth_calibrating
 from halfbyte.shape import ModelShape
 
@@ -40,9 +40,20 @@ def with_calibrated_base(config: RunConfig, source: Source, data: TrainData, *, 
     return config, out
 
 
+def settled(config: RunConfig) -> RunConfig:
+    """The settings with quant.calibrate=auto decided by the model alone, and what follows from it; for settings that go through a file.
+
+    A file writes every setting, so behind it nothing shows that an init was left open.
+    """
+    if config.quant.calibrate == "auto":
+        source = resolve(config.model.name, revision=config.model.revision, allow_download=config.model.allow_download)
+        wanted = config.method == "qlora" and _worth(source.folder)[0]
+        config = config.model_copy(update={"quant": config.quant.model_copy(update={"calibrate": wanted})})
+    return with_own_start(config)
+
+
 def with_own_start(config: RunConfig) -> RunConfig:
-    """lora.init=calibrated where quant.calibrate is true and no init was written; to be asked before settings go through a file, which
-    writes them all."""
+    """lora.init=calibrated where quant.calibrate is true and no init was written."""
     if config.quant.calibrate is not True or config.lora.init != "default" or "init" in config.lora.model_fields_set:
         return config
     return config.model_copy(update={"lora": config.lora.model_copy(update={"init": "calibrated"})})
@@ -66,6 +77,10 @@ def decide(config: RunConfig, folder: Path, data: TrainData) -> tuple[bool, str]
         return False, f"method {config.method} keeps the weights as they are"
     if len(data.train) < LEAST_ROWS or sum(len(row.input_ids) for row in data.train) < LEAST_TOKENS:
         return False, f"fewer than {LEAST_ROWS} training rows or {LEAST_TOKENS} tokens"
+    return _worth(folder)
+
+
+def _worth(folder: Path) -> tuple[bool, str]:
     try:
         shape = ModelShape.read(folder)
     except (ModelError, UnsupportedError):

@@ -11,7 +11,7 @@ IN_COMPARE, IN_TABLE, IN_RATE, IN_MEASURES = (
 MUTANTS = [
     Mutant(
         "T71", "a study with runs is replaced by one of other settings", "halfbyte/studies/runs.py",
-        ' and not any(path.parent.rglob("metrics.jsonl"))', "",
+        " and not _has_stepped(path.parent)", "",
         "tests/studies/test_studies_compare.py::test_other_settings_or_other_rows_do_not_go_on_in_the_same_folder",
     ),
     Mutant(
@@ -39,8 +39,9 @@ MUTANTS = [
     Mutant("T67", "general text before the training judged with the adapter on", JUDGE,
            '    opened.activate(str(opened.source.folder / START) if config.lora.init == "calibrated" else None)\n', "",
            IN_COMPARE + "test_what_was_forgotten_is_judged_with_and_without_the_adapter"),
-    Mutant("T44", "a calibrated base of a comparison loses its low-rank start", "halfbyte/studies/base.py",
-           "    config = with_own_start(config)\n", "", IN_COMPARE + "test_a_calibrated_setting_begins_from_its_start[given0-calibrated]"),
+    Mutant("T44", "a calibrated base of a comparison loses its low-rank start", "halfbyte/train/calibrated_base.py",
+           "    return with_own_start(config)\n", "    return config\n",
+           IN_COMPARE + "test_a_calibrated_setting_begins_from_its_start[given0-calibrated]"),
     Mutant("T67", "what the low-rank start repairs counts as un-forgotten", JUDGE,
            'str(opened.source.folder / START) if config.lora.init == "calibrated" else None', "None",
            IN_COMPARE + "test_before_is_where_the_training_began"),

@@ -104,7 +104,8 @@ def test_other_settings_or_other_rows_do_not_go_on_in_the_same_folder(world: Pat
     runs.write_json(tmp_path / "study.json", study(world).identity())
     runs.require_same(tmp_path / "study.json", study(world).identity())
     (tmp_path / "runs" / "full" / "seed-0").mkdir(parents=True)
-    (tmp_path / "runs" / "full" / "seed-0" / "metrics.jsonl").touch()
+    metrics = tmp_path / "runs" / "full" / "seed-0" / "metrics.jsonl"
+    metrics.write_text('{"step": 0, "eval_loss": 3.0}\n{"step": 1, "loss": 2.5}\n')
     with pytest.raises(CheckpointError, match="other seeds"):
         runs.require_same(tmp_path / "study.json", study(world, seeds=2).identity())
     from halfbyte.studies import rows
@@ -203,7 +204,9 @@ def test_what_was_forgotten_is_judged_with_and_without_the_adapter(world: Path, 
     assert judge.judged({**order, "held_out": str(texts), "score": None, "general": None}) == {}
 
 
-@pytest.mark.parametrize("given,wanted", [((), "calibrated"), (("lora.init=default",), "default")])
+@pytest.mark.parametrize(
+    "given,wanted", [((), "calibrated"), (("lora.init=default",), "default"), (("quant.calibrate=auto",), "calibrated")]
+)
 def test_a_calibrated_setting_begins_from_its_start(
     given: tuple[str, ...], wanted: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,10 +214,11 @@ def test_a_calibrated_setting_begins_from_its_start(
     monkeypatch.setenv("HALFBYTE_KERNELS", "reference")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     rows = str(world / "rows.jsonl")
-    made = arms_of(None, [*SETTINGS, *given], {"model": str(world / "tiny"), "data": rows}, methods=["qlora-calibrated"])
+    method = "qlora" if "quant.calibrate=auto" in given else "qlora-calibrated"
+    made = arms_of(None, [*SETTINGS, *given], {"model": str(world / "tiny"), "data": rows}, methods=[method])
     found = compare.run(Study(tuple(made), seeds=1, sweep_rows=0, general="none", samples=0), tmp_path / "out", lambda text: None)
-    assert load_config(tmp_path / "out" / "runs" / "qlora-calibrated" / "seed-0" / "config.yaml").lora.init == wanted
-    base = str(tmp_path / "out" / "bases" / "qlora-calibrated" / "base")
+    assert load_config(tmp_path / "out" / "runs" / method / "seed-0" / "config.yaml").lora.init == wanted
+    base = str(tmp_path / "out" / "bases" / method / "base")
     plain = arms_of(None, SETTINGS, {"model": base, "data": rows}, methods=["qlora"])
     bare = compare.run(Study(tuple(plain), seeds=1, sweep_rows=0, general="none", samples=0), tmp_path / "bare", lambda text: None)
     begun, without = (one.outcomes[0].runs[0]["first_eval_loss"] for one in (found, bare))
@@ -343,12 +347,19 @@ def test_a_file_that_changed_under_a_study_is_noticed(world: Path, tmp_path: Pat
     before = study(world, general=str(general)).identity()
     general.write_text('{"text": "two"}\n')
     assert study(world, general=str(general)).identity() != before
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "one"}\n')
+    before = study(world, general=str(folder)).identity()
+    (folder / "b.jsonl").write_text('{"text": "two"}\n')
+    assert study(world, general=str(folder)).identity() != before
 
 
 def test_settings_that_would_not_see_the_same_rows_are_refused(world: Path, tmp_path: Path) -> None:
-    (tmp_path / "arms.yaml").write_text("a: {method: lora, data.eval_path: other.jsonl}\n")
-    with pytest.raises(ConfigError, match=r"E-CONF-423(.*\n)+.*data\.eval_path"):
-        arms_of(None, [], {"data": "rows.jsonl"}, file=tmp_path / "arms.yaml")
+    for text in ("data.eval_path: other.jsonl", "data: other.jsonl", "model: other", "data.eval-path: other.jsonl"):
+        (tmp_path / "arms.yaml").write_text(f"a: {{method: lora, {text}}}\n")
+        with pytest.raises(ConfigError, match=r"E-CONF-423(.*\n)+.*other"):
+            arms_of(None, [], {"data": "rows.jsonl"}, file=tmp_path / "arms.yaml")
     packed = arms_of(None, ["data.packing=true"], {"model": str(world / "tiny"), "data": str(world / "rows.jsonl")}, methods=["lora"])
     with pytest.raises(ConfigError, match="E-CONF-422"):
         compare.run(Study(tuple(packed), seeds=1), tmp_path / "out", lambda text: None)

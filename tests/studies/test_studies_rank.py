@@ -22,7 +22,7 @@ from halfbyte.lora.inject import updates
 from halfbyte.models.load import load_tokenizer
 from halfbyte.models.source import resolve
 from halfbyte.studies import rank_problem
-from halfbyte.studies.rank import Recommendation, bytes_of_a_parameter, timing_of
+from halfbyte.studies.rank import Recommendation, timing_of, training_bytes
 from halfbyte.studies.rank_capacity import Capacity, new_share
 from halfbyte.studies.rank_decision import decide
 from halfbyte.studies.rank_gradient import Gradient, ModuleGradient, gradient_spectrum, module_ranks
@@ -176,12 +176,13 @@ def test_the_benchmark_judges_by_its_rule() -> None:
 
 
 @pytest.mark.parametrize("dtype,state,wanted", [
-    ("float32", "float32", (4, 16)), ("bfloat16", "float32", (2, 16)),
-    ("float32", "int8", (4, 10.03125)), ("bfloat16", "int8", (2, 10.03125)),
+    ("float32", "float32", 16 * 9000), ("bfloat16", "float32", 16 * 9000), ("float32", "int8", 8 * 9000 + 8 * 1000 + 2 * 8000 + 8 * 32),
+    ("bfloat16", "int8", 8 * 9000 + 8 * 1000 + 2 * 8000 + 8 * 32),
 ])  # fmt: skip
-def test_bytes_follow_the_types_of_adapter_and_optimizer(dtype: str, state: str, wanted: tuple[int, float]) -> None:
-    """Weight and gradient, moments of 4 bytes each or of 1 and a scale for 256, and float32 masters beside 16-bit weights."""
-    assert bytes_of_a_parameter(load_config(None, [f"lora.dtype={dtype}", f"optim.state={state}", "data=rows.jsonl"])) == wanted
+def test_bytes_follow_the_types_of_adapter_and_optimizer(dtype: str, state: str, wanted: int) -> None:
+    """Weight and gradient, moments of 4 bytes or of 1 and a scale for 256 in tensors of 4,096 and more, masters beside 16-bit weights."""
+    config = load_config(None, [f"lora.dtype={dtype}", f"optim.state={state}", "data=rows.jsonl"])
+    assert training_bytes(config, [1000, 8000]) == wanted
 
 
 @pytest.fixture(scope="module")

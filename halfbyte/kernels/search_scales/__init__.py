@@ -27,7 +27,8 @@ def check(weight: Tensor, importance: Tensor, codebook: Tensor, multiples: Tenso
     if codebook.shape != (16,) or multiples.dim() != 1 or multiples.numel() == 0:
         raise ValueError(f"16 levels and some multiples are needed, found {tuple(codebook.shape)} and {tuple(multiples.shape)}")
     if not weight.is_floating_point() or any(one.dtype != torch.float32 for one in (importance, codebook, multiples)):
-        raise ValueError(f"a floating-point weight with float32 tables, found {weight.dtype}, {importance.dtype}, {codebook.dtype}")
+        raise ValueError(f"a floating-point weight with float32 tables, found {weight.dtype} and "
+                         f"{importance.dtype}, {codebook.dtype}, {multiples.dtype}")
     if blocksize < 2 or blocksize % 2:
         raise ValueError(f"blocksize must be even and positive, found {blocksize}")
 
