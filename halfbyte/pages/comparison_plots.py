@@ -34,7 +34,7 @@ def _plain(name: str) -> str:
     return clean(name).replace("$", r"\$")
 
 
-def loss_curves(curves: Mapping[str, Sequence[Sequence[Sequence[float]]]]) -> bytes:
+def loss_curves(curves: Mapping[str, Sequence[Sequence[Sequence[float]]]], unit: str = "nats/token") -> bytes:
     """Held-out loss over steps; `curves` has for each setting one list of (step, loss) a seed.  PNG, 900 x 420 pixels."""
     figure = _figure(4.2)
     axes = figure.subplots()
@@ -48,12 +48,12 @@ def loss_curves(curves: Mapping[str, Sequence[Sequence[Sequence[float]]]]) -> by
     if curves:
         axes.legend(frameon=False)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("held-out loss, nats/token")
+    axes.set_ylabel(f"held-out loss, {unit}")
     axes.grid(alpha=0.25)
     return _png(figure)
 
 
-def loss_against_memory(points: Mapping[str, tuple[float, float, float | None]]) -> bytes:
+def loss_against_memory(points: Mapping[str, tuple[float, float, float | None]], unit: str = "nats/token") -> bytes:
     """Last held-out loss against peak memory; `points` has (bytes, loss, standard deviation or None) a setting.  PNG, 900 x 380 pixels."""
     figure = _figure(3.8)
     axes = figure.subplots()
@@ -64,6 +64,6 @@ def loss_against_memory(points: Mapping[str, tuple[float, float, float | None]])
         axes.legend(frameon=False)
     axes.set_xlim(0, 1.08 * max((size / GIB for size, _, _ in points.values()), default=1.0))
     axes.set_xlabel("peak memory of the process, GiB")
-    axes.set_ylabel("held-out loss, nats/token")
+    axes.set_ylabel(f"held-out loss, {unit}")
     axes.grid(alpha=0.25)
     return _png(figure)

@@ -64,7 +64,7 @@ def _setting(results: Results, finished: Sequence[Outcome]) -> dict[str, Any]:
         "schedule": common("optim.schedule"), "seeds": [config.train.seed + seed for seed in range(study.seeds)],
         "sweep_rows": results.rows["sweep-train"] if study.sweep_rows else 0, "sweep_held_out_rows": results.rows["sweep-held-out"],
         "sweep_rows_apart": results.rows["sweep_apart"], "general_text": results.general,
-        "score": _score_setting(results),
+        "score": _score_setting(results), "per": "row" if config.model.task == "sequence-classification" else "token",
         "threads": first.get("threads"), "jobs": max([study.jobs, *(run.get("jobs", 1) for one in finished for run in one.runs)]),
         "versions": devices.versions(),
         "machine": {key: machine[key] for key in ("cpu", "cores", "memory_bytes") if key in machine},

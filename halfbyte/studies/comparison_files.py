@@ -18,7 +18,7 @@ from halfbyte.studies.runs import write_json
 from halfbyte.units import bytes_text, count_text, percent_text, seconds_text
 
 Values = dict[str, Any]
-LOSS = "nats/token"
+LOSS = "{loss}"  # filled in by `lines`: nats/token, of a classifier nats/row
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def _filled(comparison: Values, arm: Values) -> Values:
 def lines(comparison: Values) -> list[list[str]]:
     """The table as text: a line a measure that any setting has, first its label, then each setting's cell."""
     score = comparison["setting"]["score"]
-    words = {"reference": comparison["reference"], "target": comparison["target"], "score": score and _score_words(score)}
+    words = {"reference": comparison["reference"], "target": comparison["target"], "score": score and _score_words(score),
+             "loss": _unit(comparison)}  # fmt: skip
     filled = [_filled(comparison, arm) for arm in comparison["arms"]]
     found = []
     for measure in MEASURES:
@@ -105,6 +106,10 @@ def lines(comparison: Values) -> list[list[str]]:
             found.append([measure.label.format(**words), *cells])
     unfinished = [arm["status"] for arm in comparison["arms"]]
     return ([["outcome", *unfinished]] if set(unfinished) != {"finished"} else []) + found
+
+
+def _unit(comparison: Values) -> str:
+    return f"nats/{comparison['setting']['per']}"
 
 
 def _score_words(score: Values) -> str:
@@ -220,8 +225,10 @@ def pictures(comparison: Values) -> list[Picture]:
     points = {arm["name"]: (arm["values"]["peak_memory_bytes"], arm["values"]["eval_loss"], arm["values"]["eval_loss_spread"])
               for arm in finished}  # fmt: skip
     return [
-        Picture("Held-out loss over the training", "Held-out loss of each setting over optimizer steps", plots.loss_curves(curves),
+        Picture("Held-out loss over the training", "Held-out loss of each setting over optimizer steps",
+                plots.loss_curves(curves, _unit(comparison)),
                 "Mean over the seeds; the band is from the lowest to the highest."),
-        Picture("Loss against memory", "Last held-out loss of each setting against its peak memory", plots.loss_against_memory(points),
+        Picture("Loss against memory", "Last held-out loss of each setting against its peak memory",
+                plots.loss_against_memory(points, _unit(comparison)),
                 "Peak memory of the training process; the bar is one standard deviation over the seeds to either side."),
     ]  # fmt: skip

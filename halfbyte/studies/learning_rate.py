@@ -82,7 +82,7 @@ class Found:
         ]  # fmt: skip
 
 
-LINE_TITLES = ["learning rate", "held-out loss before, nats/token", "after, nats/token", "time", "judged"]
+LINE_TITLES = ["learning rate", "held-out loss before, nats", "after, nats", "time", "judged"]
 
 
 def judge(points: Sequence[Point]) -> tuple[list[str], Point | None]:

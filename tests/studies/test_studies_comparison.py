@@ -161,3 +161,10 @@ def test_times_are_left_out_where_equal_studies_are_compared() -> None:
     assert comparison.without_times(comparison.numbers(other)) == comparison.without_times(made)
     other.outcomes[1].runs[0]["last_eval_loss"] = 1.0
     assert comparison.without_times(comparison.numbers(other)) != comparison.without_times(made)
+
+
+def test_a_classifiers_loss_is_that_of_a_row() -> None:
+    made = comparison.numbers(study_outcomes.results())
+    assert "held-out loss, nats/token" in comparison_files.text(made)
+    made["setting"]["per"] = "row"
+    assert "held-out loss, nats/row" in comparison_files.text(made) and "nats/token" not in comparison_files.text(made)
