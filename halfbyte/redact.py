@@ -10,8 +10,8 @@ What this is not: a proof that no secret is left.  A password without a name bes
 import re
 
 BLANK = "<hidden>"
-_TOKENS = re.compile(  # no part of a path, and with a capital or a digit: folders are called hf_models, and their paths are read back
-    r"(?<![\w/])(?:hf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{12,}|sk-(?=[a-z_-]*[A-Z0-9])[A-Za-z0-9_-]{16,}"
+_TOKENS = re.compile(  # long, with a capital or a digit, in a path too; a folder called hf_models stays: its path is read back
+    r"\b(?:hf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{20,}|sk-(?:[a-z0-9]+-){0,3}(?=[a-z_]*[A-Z0-9])[A-Za-z0-9_]{16,}"
     r"|gh[pousr]_[A-Za-z0-9]{12,}|github_pat_[A-Za-z0-9_]{12,}|glpat-[A-Za-z0-9_-]{12,}"
     r"|xox[abprs]-[A-Za-z0-9-]{10,}|AKIA[0-9A-Z]{16}|AIza[0-9A-Za-z_-]{30,}|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*)"
 )
@@ -30,7 +30,7 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]
 def secrets(text: str) -> str:
     """`text` with everything that looks like a secret replaced.
 
-    >>> secrets("cloned https://me:pass1234@host/x with HF_TOKEN=hf_AbCdEfGhIjKl")
+    >>> secrets("cloned https://me:pass1234@host/x with HF_TOKEN=hf_AbCdEfGhIjKl0123456789")
     'cloned https://<hidden>@host/x with HF_TOKEN=<hidden>'
     """
     return _NAMED.sub(lambda found: (found[1] or found[3]) + BLANK, _IN_URL.sub(BLANK, _TOKENS.sub(BLANK, text)))

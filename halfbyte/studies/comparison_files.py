@@ -128,7 +128,7 @@ def setting_lines(comparison: Values) -> list[tuple[str, str]]:
     ]
     words = [text for key, text in (
         ("global_batch_size", f"{at['global_batch_size']} rows a step"), ("schedule", f"schedule {at['schedule']}"),
-        ("packing", f"packed into {at['max_tokens']:,} tokens" if at["packing"] else "rows one by one"),
+        ("packing", f"packed into {at['max_tokens']:,} tokens" if at["packing"] else "not packed"),
     ) if at[key] is not None]  # fmt: skip
     found.append(("training", ", ".join([*words, *(["otherwise as each setting says"] if len(words) < 3 else [])])))
     found.append(("seeds", f"{len(seeds)} ({', '.join(map(str, seeds))}): order of the rows and start of the adapter, not which rows"))
@@ -136,7 +136,7 @@ def setting_lines(comparison: Values) -> list[tuple[str, str]]:
     if at["general_text"]:
         found.append(("general text", f"{at['general_text']}; before is where this setting's training began"))
     if at["machine"]:
-        found.append(("machine", f"{at['machine'].get('cpu', '?')}, {at['threads']} threads"
+        found.append(("machine", f"{at['machine'].get('cpu', '?')}, {at['threads']} thread{'s' if at['threads'] != 1 else ''}"
                       + (f", {at['jobs']} runs side by side: times disturb each other" if at["jobs"] > 1 else "")))  # fmt: skip
     found.append(("versions", ", ".join(f"{name} {version}" for name, version in at["versions"].items())))
     return found

@@ -63,7 +63,7 @@ def test_one_block_and_one_exit_code(
 def test_errors_show_no_secret_and_no_escape_sequence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class Command:
         def main(self, **_: object) -> None:
-            raise ConfigError("a rule", code="E-CONF-999", found="hf_CANARY0123456789 \x1b[31m\x1b]0;title\x07red")
+            raise ConfigError("a rule", code="E-CONF-999", found="hf_CANARYcanary0123456789 \x1b[31m\x1b]0;title\x07red")
 
     monkeypatch.setattr(main, "command", Command)
     main.run([])
@@ -113,7 +113,8 @@ def test_a_table_with_hostile_cells_stays_a_table() -> None:
 
 
 SECRETS = [
-    "hf_abcdefghIjkl", "sk-proj-abcdefghijklmnop1", "ghp_abcdefghijklmnop1234", "github_pat_11ABCDEFG0abcdefg", "glpat-abcdefghijklmnopq",
+    "hf_abcdefghIjklmnopqrst", "sk-proj-abcdefghijklmnop1", "ghp_abcdefghijklmnop1234", "github_pat_11ABCDEFG0abcdefg",
+    "glpat-abcdefghijklmnopq",
     "xoxb-1234567890-abc", "AKIAABCDEFGHIJKLMNOP", "eyJhbGciOiJI.eyJzdWIiOiIx.abc", "https://me:hunter22@host/x",
     "WANDB_API_KEY=0123456789abcdef",
     'password: "correcthorse"', "token=abcdef123456",

@@ -88,7 +88,7 @@ def test_the_rates_rows_are_apart_from_what_judges_the_comparison(tmp_path: Path
 
 def test_rows_are_written_as_they_came(tmp_path: Path) -> None:
     """Training rows are data: what looks like a secret in them is not blanked, letters are not changed."""
-    made = [{"prompt": f"{n} token=abc12345 ünï\u2028", "completion": "hf_abcdefghijklmN"} for n in range(30)]
+    made = [{"prompt": f"{n} token=abc12345 ünï\u2028", "completion": "hf_abcdefghijklmNopqrstuv"} for n in range(30)]
     data = tiny_world.write_rows(tmp_path / "rows.jsonl", made)
     prepare(tmp_path, load_config(None, [f"data={data}"]), sweep_rows=5)
     with (tmp_path / "rows" / "train.jsonl").open(encoding="utf-8", newline="\n") as file:
