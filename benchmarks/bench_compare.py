@@ -37,7 +37,7 @@ def prepare(work: Path, name: str, rows: int, held_out: int) -> dict[str, Path]:
     files = {part: work / f"{name}-{part}.jsonl" for part in ("train", "eval")} | {"template": work / "plain.jinja"}
     files["template"].write_text(TEMPLATE)
     for part, source, count in (("train", "train", rows), ("eval", "test", held_out)):
-        lines = (record.SHARED / name / f"{source}.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (record.SHARED / name / f"{source}.jsonl").read_bytes().splitlines()
         short = [row for row in map(as_training_row, map(json.loads, lines)) if len(json.dumps(row)) <= MAX_CHARS[name]]
         chosen = [short[number] for number in spread_evenly(short, count)]
         files[part].write_text("".join(json.dumps(row) + "\n" for row in chosen))
