@@ -18,6 +18,15 @@ def bytes_text(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def loss_is_per(task: str) -> str:
+    """What a loss is the mean of: trained tokens, of a classifier rows.
+
+    >>> loss_is_per("causal-lm"), loss_is_per("sequence-classification")
+    ('token', 'row')
+    """
+    return "row" if task == "sequence-classification" else "token"
+
+
 def gib(count: float) -> float:
     """Bytes as GiB (2^30 bytes)."""
     return count / 2**30

@@ -31,12 +31,13 @@ def lr(
     """
     from halfbyte.cli.terminal import say, table
     from halfbyte.config import load_config
-    from halfbyte.studies.learning_rate import LINE_TITLES, alone
+    from halfbyte.studies.learning_rate import alone, line_titles
+    from halfbyte.units import loss_is_per
 
     path, overrides = split_settings(settings or [])
     flags = {name: value for name, value in (("model", model), ("data", data), ("method", method)) if value is not None}
     config = load_config(path, overrides, flags)
     found = alone(config, out, rows, say)
     say(f"\n{config.method}, {found.steps:,} optimizer steps on {found.rows:,} rows, judged by rows that were not trained on\n")
-    say(table(LINE_TITLES, found.lines()))
+    say(table(line_titles(loss_is_per(config.model.task)), found.lines()))
     say(f"\nnext     halfbyte train ... optim.learning_rate={found.rate:.3g}")

@@ -96,7 +96,7 @@ def answer(question: Question) -> Answer:
     listed = [one for every in tried.values() for one in every if one.verdict != NOT]
     listed.sort(key=lambda one: (one.verdict == TIGHT, places[one.setting.method]))
     rates = nearest_rates(shape, question.base.dtype, read_all()) if hardware.name == PROCESSOR else None
-    better = advice(shape) if question.base.format in ("nf4", "fp4") else ""
+    better = advice(shape, question.base.format)
     reasons = tuple((method, f"{why}. {better}" if method == "qlora" and better else why) for method, why in ranking)
     return Answer(question, found, reasons, changes, tuple(listed), rates)
 

@@ -256,7 +256,7 @@ def lines(decision: Decision) -> list[tuple[str, str]]:
     chosen = [("chosen", f"{choice.key}={choice.value}: {choice.reason}") for choice in decision.choices]
     config = decision.config
     plain = config.method == "qlora" and config.quant.calibrate is False and config.lora.init == "default"
-    if plain and config.quant_format in ("nf4", "fp4") and (better := advice(decision.shape)):
+    if plain and (better := advice(decision.shape, config.quant_format)):
         chosen.append(("4 bits", better))
     if config.optim.learning_rate == "auto":
         chosen.append(("rate", "the method's default; `halfbyte lr` with the same settings measures one for these rows"))

@@ -20,7 +20,8 @@ def worth_calibrating(shape: ModelShape) -> tuple[bool, str]:
     return False, "4 bits cost models of this kind little (published: 0.01 nats for LLaMA-2 7B)"
 
 
-def advice(shape: ModelShape) -> str:
-    """A line for a plan of qlora; empty where plain 4 bits serve, and for files that are packed already."""
+def advice(shape: ModelShape, format: str) -> str:
+    """A line for a plan of qlora; empty where plain 4 bits serve, for other storage, and for files that are packed already."""
     worth, why = worth_calibrating(shape)
-    return f"{why}; quant.calibrate=true makes a better base first" if worth and not shape.packed else ""
+    fits = format in ("nf4", "fp4") and not shape.packed
+    return f"{why}; quant.calibrate=true makes a better base first" if worth and fits else ""

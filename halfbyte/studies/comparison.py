@@ -18,6 +18,7 @@ from halfbyte import devices
 from halfbyte.config.rules import value_at
 from halfbyte.studies.compare import Outcome, Results
 from halfbyte.studies.measures import interval, mean, mean_curve, spread, steps_to_reach
+from halfbyte.units import loss_is_per
 
 FORMAT = "halfbyte comparison 1"
 REFERENCE, TARGET = "full", "qlora"
@@ -64,7 +65,7 @@ def _setting(results: Results, finished: Sequence[Outcome]) -> dict[str, Any]:
         "schedule": common("optim.schedule"), "seeds": [config.train.seed + seed for seed in range(study.seeds)],
         "sweep_rows": results.rows["sweep-train"] if study.sweep_rows else 0, "sweep_held_out_rows": results.rows["sweep-held-out"],
         "sweep_rows_apart": results.rows["sweep_apart"], "general_text": results.general,
-        "score": _score_setting(results), "per": "row" if config.model.task == "sequence-classification" else "token",
+        "score": _score_setting(results), "per": loss_is_per(config.model.task),
         "threads": first.get("threads"), "jobs": max([study.jobs, *(run.get("jobs", 1) for one in finished for run in one.runs)]),
         "versions": devices.versions(),
         "machine": {key: machine[key] for key in ("cpu", "cores", "memory_bytes") if key in machine},

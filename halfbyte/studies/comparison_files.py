@@ -13,7 +13,7 @@ from typing import Any
 from halfbyte.pages import comparison as page
 from halfbyte.pages import comparison_plots as plots
 from halfbyte.pages.page import Picture, Table, clean, replace_file
-from halfbyte.studies.learning_rate import LINE_TITLES, Found, Point
+from halfbyte.studies.learning_rate import Found, Point, line_titles
 from halfbyte.studies.runs import write_json
 from halfbyte.units import bytes_text, count_text, percent_text, seconds_text
 
@@ -203,7 +203,8 @@ def tables(comparison: Values) -> list[Table]:
     swept = [arm for arm in comparison["arms"] if arm["sweep"]]
     if swept:
         rows = [[arm["name"], *line] for arm in swept for line in _found(arm["sweep"]).lines()]
-        found.append(Table("Learning rates tried", ["setting", *LINE_TITLES], rows, _sweep_words(comparison["setting"])))
+        titles = ["setting", *line_titles(comparison["setting"]["per"])]
+        found.append(Table("Learning rates tried", titles, rows, _sweep_words(comparison["setting"])))
     if comparison["samples"]:
         answered = list(comparison["samples"][0]["answers"])
         rows = [[one["prompt"], one["reference"], *(one["answers"][name] for name in answered)] for one in comparison["samples"]]

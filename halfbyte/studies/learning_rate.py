@@ -82,7 +82,9 @@ class Found:
         ]  # fmt: skip
 
 
-LINE_TITLES = ["learning rate", "held-out loss before, nats", "after, nats", "time", "judged"]
+def line_titles(per: str) -> list[str]:
+    """The columns of `Found.lines`; `per` is what a loss is the mean of."""
+    return ["learning rate", f"held-out loss before, nats/{per}", f"after, nats/{per}", "time", "judged"]
 
 
 def judge(points: Sequence[Point]) -> tuple[list[str], Point | None]:

@@ -76,13 +76,14 @@ def prepare(folder: Path, config: RunConfig, *, sweep_rows: int) -> dict[str, An
 
 def digests_of(*paths: str | None) -> dict[str, str]:
     """{path: sha256} of the files and folders among them: what a study reads from them must not change under it."""
-    places = {path: Path(path).expanduser() for path in paths if path}
     found = {}
-    for path, place in sorted(places.items()):
+    for path in sorted({path for path in paths if path}):
+        place, digest = Path(path).expanduser(), hashlib.sha256()
         files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
+        for file in files:
+            digest.update(file.read_bytes())
         if files:
-            digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-            found[path] = digests[0] if place.is_file() else hashlib.sha256("".join(digests).encode()).hexdigest()
+            found[path] = digest.hexdigest()
     return found
 
 

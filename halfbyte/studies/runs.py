@@ -128,7 +128,7 @@ def require_same(path: Path, now: dict[str, Any]) -> None:
     refused leaves little worth keeping; otherwise CheckpointError.
     """
     before = read_json(path)
-    if before is not None and before != now and set(now) <= set(before) | {"files"} and not _has_stepped(path.parent):
+    if before is not None and before != now and set(now) == set(before) and not _has_stepped(path.parent):
         for part in PARTS:
             shutil.rmtree(path.parent / part, ignore_errors=True)
         before = None

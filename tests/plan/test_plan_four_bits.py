@@ -23,4 +23,6 @@ def shape(folder: Path, **changes: object) -> ModelShape:
 def test_small_models_and_llama_3_are_worth_it(changes: dict[str, object], worth: bool, tmp_path: Path) -> None:
     found, why = worth_calibrating(shape(tmp_path, **changes))
     assert found is worth and "published" in why
-    assert ("quant.calibrate=true" in advice(shape(tmp_path, **changes))) is worth
+    assert ("quant.calibrate=true" in advice(shape(tmp_path, **changes), "nf4")) is worth
+    assert not advice(shape(tmp_path, **changes), "int8")
+    assert not advice(shape(tmp_path, **changes, quantization_config={"load_in_4bit": True}), "nf4")
