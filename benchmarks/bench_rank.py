@@ -162,10 +162,8 @@ def set_of(work: Path, name: str, each: Callable[..., Any]) -> dict[str, Any]:
     """Sweep, recommendation, all runs of one set; `each` maps over the jobs."""
     swept = dict(zip(RATES, each(lambda rate: train(work, name, rate, 16, 0, sweep=True), RATES)))
     rate = min(swept, key=lambda one: swept[one])
-    printed = run(work, f"rank-{name}", [
-        "rank", "--model", "starter", "--method", "lora", "--data", str(work / f"{name}-train.jsonl"), "--json", *settings(work, rate),
-    ])  # fmt: skip
-    found = json.loads(printed)
+    asked = ["rank", "--model", "starter", "--method", "lora", "--data", str(work / f"{name}-train.jsonl"), "--json", *settings(work, rate)]
+    found = json.loads(each(lambda words: run(work, f"rank-{name}", words), [asked])[0])
     ranks = sorted({*RANKS, found["rank"]})
     jobs = [(rank, seed) for rank in ranks for seed in SEEDS]
     losses = dict(zip(jobs, each(lambda job: train(work, name, rate, *job), jobs)))
@@ -176,10 +174,10 @@ def set_of(work: Path, name: str, each: Callable[..., Any]) -> dict[str, Any]:
 
 
 def sets_part(work: Path, jobs: int, rows: int) -> dict[str, Any]:
-    """The three sets, one after the other, `jobs` runs at a time."""
+    """The three sets, `jobs` runs at a time over all of them."""
     prepare(work, rows)
-    with ThreadPoolExecutor(jobs) as pool:
-        found = [set_of(work, name, lambda task, over: list(pool.map(task, over))) for name in SETS]
+    with ThreadPoolExecutor(jobs) as pool, ThreadPoolExecutor(len(SETS)) as sets:
+        found = list(sets.map(lambda name: set_of(work, name, lambda task, over: list(pool.map(task, over))), SETS))
     return {"rows": rows, "ranks": RANKS, "seeds": SEEDS, "sets": found, "passed": sum(one["passed"] for one in found),
             "sum": sum(one["score"] for one in found), "sum_always_16": sum(one["score_always_16"] for one in found)}  # fmt: skip
 
