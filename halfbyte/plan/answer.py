@@ -96,8 +96,8 @@ def answer(question: Question) -> Answer:
     listed = [one for every in tried.values() for one in every if one.verdict != NOT]
     listed.sort(key=lambda one: (one.verdict == TIGHT, places[one.setting.method]))
     rates = nearest_rates(shape, question.base.dtype, read_all()) if hardware.name == PROCESSOR else None
-    better = advice(shape, question.base.format)
-    reasons = tuple((method, f"{why}. {better}" if method == "qlora" and better else why) for method, why in ranking)
+    cost = advice(shape, question.base.format) or "its few bits cost a little held-out loss"
+    reasons = tuple((method, f"{why}; {cost}" if method == "qlora" else why) for method, why in ranking)
     return Answer(question, found, reasons, changes, tuple(listed), rates)
 
 

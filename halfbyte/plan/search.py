@@ -115,8 +115,8 @@ def order(found: dict[str, Option], hardware: Hardware) -> list[tuple[str, str]]
     """(method, why it stands here) of those that fit, best first; tight ones last."""
     reasons = {
         ("lora", True): "the base stays in 16 or 32 bits, nothing is lost to rounding, and a fifth of the memory is left",
-        ("qlora", True): "the base takes far less memory; its few bits cost a little held-out loss, more on small models",
-        ("qlora", False): "the base takes far less memory; its few bits cost a little held-out loss, more on small models",
+        ("qlora", True): "the base takes far less memory",
+        ("qlora", False): "the base takes far less memory",
         ("lora", False): "fits, but with less than a fifth of the memory to spare",
         ("full", True): "fits, but an adapter reaches about the same loss on instruction data with a third less arithmetic",
         ("full", False): "fits, but an adapter reaches about the same loss on instruction data with a third less arithmetic",
