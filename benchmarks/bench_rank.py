@@ -22,7 +22,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ ROWS, HELD_OUT, SWEEP_ROWS, RATES = 600, 200, 300, (5e-4, 1e-3, 2e-3)
 
 def planted_case(work: str, rank: int, draw: int) -> dict[str, Any]:
     """One draw in a process of its own."""
-    place = Path(work) / f"planted-{rank}-{draw}.json"
+    place = Path(work) / f"planted-{rank}-{draw}-{code_digest()}.json"
     if place.exists():
         return dict(json.loads(place.read_text()))
     import torch
@@ -162,15 +162,20 @@ def set_of(work: Path, name: str, each: Callable[..., Any]) -> dict[str, Any]:
     """Sweep, recommendation, all runs of one set; `each` maps over the jobs."""
     swept = dict(zip(RATES, each(lambda rate: train(work, name, rate, 16, 0, sweep=True), RATES)))
     rate = min(swept, key=lambda one: swept[one])
+    losses = trained(work, name, rate, RANKS, each)
     asked = ["rank", "--model", "starter", "--method", "lora", "--data", str(work / f"{name}-train.jsonl"), "--json", *settings(work, rate)]
-    found = json.loads(each(lambda words: run(work, f"rank-{name}", words), [asked])[0])
-    ranks = sorted({*RANKS, found["rank"]})
-    jobs = [(rank, seed) for rank in ranks for seed in SEEDS]
-    losses = dict(zip(jobs, each(lambda job: train(work, name, rate, *job), jobs)))
-    means = {rank: sum(losses[rank, seed] for seed in SEEDS) / len(SEEDS) for rank in ranks}
+    found = json.loads(each(lambda words: run(work, f"rank-{name}-{code_digest()}", words), [asked])[0])
+    losses |= trained(work, name, rate, {found["rank"]} - {*RANKS}, each)
+    means = {rank: sum(losses[rank, seed] for seed in SEEDS) / len(SEEDS) for rank in sorted({rank for rank, _ in losses})}
     return {"set": name, "rate": rate, "sweep": swept, **judged(means, found["rank"]), "losses": means,
             "by_seed": {f"r{rank} seed {seed}": loss for (rank, seed), loss in losses.items()},
             "recommender": {key: found[key] for key in ("decided_by", "reasons", "choices", "probe", "seconds")}}  # fmt: skip
+
+
+def trained(work: Path, name: str, rate: float, ranks: Iterable[int], each: Callable[..., Any]) -> dict[tuple[int, int], float]:
+    """(rank, seed) -> held-out loss."""
+    jobs = [(rank, seed) for rank in ranks for seed in SEEDS]
+    return dict(zip(jobs, each(lambda job: train(work, name, rate, *job), jobs)))
 
 
 def sets_part(work: Path, jobs: int, rows: int) -> dict[str, Any]:
@@ -190,7 +195,8 @@ def main() -> int:
     parser.add_argument("--draws", type=int, default=DRAWS)
     parser.add_argument("--rows", type=int, default=ROWS)
     options = parser.parse_args()
-    work = (options.work / f"{code_digest()}-{options.rows}-rows").absolute()  # a result of other code or other rows is never used
+    # a result of other code or other rows is never used; what trains lies below the studies and does not depend on them
+    work = (options.work / f"{code_digest(without='studies')}-{options.rows}-rows").absolute()
     work.mkdir(parents=True, exist_ok=True)
     earlier = record.RESULTS / "rank.json"
     kept = json.loads(earlier.read_text()) if earlier.exists() else {}
