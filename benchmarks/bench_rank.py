@@ -34,7 +34,7 @@ from benchmarks.bench_train import code_digest
 from halfbyte.studies.rows import spread_evenly
 
 PLANTED, DRAWS = (1, 4, 16, 64), 5
-PROBE = {"rank": 128, "steps": 100, "recover_steps": 40, "rate": 4e-3}
+PROBE = {"rank": 128, "steps": 100, "rate": 4e-3}
 SETS, RANKS, SEEDS = ("e2e_nlg", "e2e_nlg-reversed", "gsm8k"), (1, 4, 16, 64, 128), (0, 1)
 ROWS, HELD_OUT, SWEEP_ROWS, RATES = 600, 200, 300, (5e-4, 1e-3, 2e-3)
 
@@ -54,7 +54,7 @@ def planted_case(work: str, rank: int, draw: int) -> dict[str, Any]:
     began = time.monotonic()
     probe = probe_run(planted(rank, draw), **PROBE)  # type: ignore[arg-type]
     found = decide(None, None, probe, planned_steps=probe.steps)
-    base, seen = probe.base_loss, {number: [point.cut_loss, point.loss] for number, point in probe.points.items()}
+    base, seen = probe.base_loss, {number: [point.cut_loss, point.run_loss] for number, point in probe.points.items()}
     result = {"planted": rank, "draw": draw, "recommended": found.rank, "base_loss": base, "losses": seen, "tolerance": probe.tolerance,
               "right": 0.5 <= found.rank / rank <= 2, "seconds": time.monotonic() - began}  # fmt: skip
     whole(place, json.dumps(result))
@@ -162,10 +162,9 @@ def set_of(work: Path, name: str, each: Callable[..., Any]) -> dict[str, Any]:
     """Sweep, recommendation, all runs of one set; `each` maps over the jobs."""
     swept = dict(zip(RATES, each(lambda rate: train(work, name, rate, 16, 0, sweep=True), RATES)))
     rate = min(swept, key=lambda one: swept[one])
-    losses = trained(work, name, rate, RANKS, each)
     asked = ["rank", "--model", "starter", "--method", "lora", "--data", str(work / f"{name}-train.jsonl"), "--json", *settings(work, rate)]
     found = json.loads(each(lambda words: run(work, f"rank-{name}-{code_digest()}", words), [asked])[0])
-    losses |= trained(work, name, rate, {found["rank"]} - {*RANKS}, each)
+    losses = trained(work, name, rate, RANKS, each) | trained(work, name, rate, {found["rank"]} - {*RANKS}, each)
     means = {rank: sum(losses[rank, seed] for seed in SEEDS) / len(SEEDS) for rank in sorted({rank for rank, _ in losses})}
     return {"set": name, "rate": rate, "sweep": swept, **judged(means, found["rank"]), "losses": means,
             "by_seed": {f"r{rank} seed {seed}": loss for (rank, seed), loss in losses.items()},

@@ -2,7 +2,8 @@
 
     capacity   how many bits the rows ask for                      forward only
     gradient   which directions of the first gradient come back    three backward passes, each over half of up to `rows` rows
-    probe      a short run of a large rank, cut to smaller ones    as many steps as a tenth of the planned run, at least 30
+    probe      a short run of a large rank, cut to smaller ones    as many steps as a tenth of the planned run, at least 30; as many again
+                                                                   for each of the up to three small ranks that are run
 
 Each stage may be left out.  What is trained, on what base and at which rate is a run's own settings (RunConfig); dropout and DoRA are
 left out of the trial.  With data.packing a step is one of packed rows, in the run as in the probe; capacity, gradient and the held-out loss
@@ -32,7 +33,7 @@ from halfbyte.quant.storage_cost import WIDTHS
 from halfbyte.studies.rank_capacity import TASKS, Capacity, capacity
 from halfbyte.studies.rank_decision import MOST, Decision, decide
 from halfbyte.studies.rank_gradient import Gradient, gradient_spectrum, module_ranks
-from halfbyte.studies.rank_probe import RECOVER_SHARE, Point, Probe, probe_run
+from halfbyte.studies.rank_probe import Point, Probe, probe_run
 from halfbyte.studies.rank_problem import Problem, adapt, token_loss
 from halfbyte.studies.rows import spread_evenly
 from halfbyte.train.resolve import learning_rate, total_steps
@@ -154,9 +155,7 @@ def measure(config: RunConfig, ask: Ask, data: TrainData, assembled: Assembled) 
         gradient = gradient_spectrum(problem, sample[::2], sample[1::2], sketch=sketch_for(problem), seed=config.train.seed)
     if "probe" in ask.stages:
         length = ask.probe_steps or min(steps, max(PROBE_LEAST, math.ceil(PROBE_SHARE * steps)))
-        probe = probe_run(
-            problem, rank=ask.probe_rank, steps=length, recover_steps=math.ceil(RECOVER_SHARE * length), rate=rate_of(config, assembled)
-        )  # fmt: skip
+        probe = probe_run(problem, rank=ask.probe_rank, steps=length, rate=rate_of(config, assembled))
         held = held.with_floor(probe.loss) if held is not None else None
     most = max(1, host.memory_bytes()[1] // 2 // training_bytes(config, sides)) if problem.device.type == "cpu" else MOST
     decision = decide(held, gradient, probe, planned_steps=steps, most=min(MOST, most))
@@ -248,18 +247,15 @@ def choice(config: RunConfig, rank: int, sides: Sequence[int], probe: Probe | No
     """What one rank costs and is predicted to reach; `sides` are the inputs and outputs of all layers that are adapted."""
     point = predicted(probe.points, rank) if probe is not None else None
     parameters = rank * sum(sides)
-    best = min(loss for loss in (one.loss for one in probe.points.values()) if loss is not None) if probe is not None else None
     return Choice(
         rank, parameters, WIDTHS[config.lora.dtype] * parameters, training_bytes(config, (rank * side for side in sides)),
-        None if timing is None else timing(rank), point, None if point is None or best is None else point - best,
+        None if timing is None else timing(rank), point, None if point is None or probe is None else point - probe.loss,
     )  # fmt: skip
 
 
-def predicted(points: Mapping[int, Point], rank: int) -> float | None:
-    """Loss of a rank after recovering; between two that were tried the straight line in log2(rank), above all of them the last one's."""
-    known = sorted((number, point.loss) for number, point in points.items() if point.loss is not None)
-    if not known or rank < known[0][0]:
-        return None
+def predicted(points: Mapping[int, Point], rank: int) -> float:
+    """Loss of a rank; between two powers of two the straight line in log2(rank), above the probe's rank the loss of that."""
+    known = sorted((number, point.loss) for number, point in points.items())
     below = max(entry for entry in known if entry[0] <= rank)
     above = min((entry for entry in known if entry[0] >= rank), default=below)
     if above[0] == below[0]:

@@ -1,50 +1,50 @@
-"""Stage C: one short run of a large rank, then its adapter cut to smaller ranks: one run tells the loss of all of them.
+"""Stage C: one short run of a large rank, its adapter cut to all smaller ranks; below what a cut can show, short runs of small ranks.
 
-    probe            train `rank` for `steps`, alpha fixed                        -> loss(R)
-    cut to r         the nearest update of rank r in every module, forward only   -> loss of the cut, an upper bound
-    recover          the cut trained on for `recover` steps, R among them         -> loss(r)
+    probe   train rank R for `steps`, alpha fixed                                              -> loss(R)
+    cut     the nearest update of rank r in every module, forward only                         -> what rank r reaches, at the least
+    run     rank r from its own start, the same rows and steps, where its cut is not enough     -> what rank r reaches
 
-A cut alone is too dark a view of a small rank: what a trained adapter of that rank would do otherwise is lost.  A few steps give it back,
-so they are taken for the ranks that matter, found by halving the interval between the smallest rank and the probe's.
+    loss(r)    the better of cut and run: both are adapters of rank r
+    enough(r)  loss(r) - the best loss <= max(tolerance, min(1 standard error of this difference, 0.05 gain))
+    tolerance  min(0.01 loss, 0.05 gain)
 
-    enough(r)  loss(r) - loss(R) <= max(1 standard error of this difference, min(0.01 loss, 0.05 gain)), and the same of 2 r
+A cut alone is too dark a view of a small rank: a run of that rank would have put its few directions elsewhere.  To train a cut on for some
+steps does not mend that: it starts the optimizer anew at the full rate, on rows that were seen, and ends above the loss of the cut
+(measured: e2e_nlg and planted models).  The runs go down from the smallest rank whose cut is enough, by halving.
 
-One held-out batch has no standard error: then the tolerance decides alone.
-
-The gain is what the probe learnt: loss of the base - loss(R).  A hundredth of the loss is what nobody would notice, unless little was to
-be learnt; then it is a twentieth of that.  The double is asked too, since the probe's own rank may have had too few steps to be the best.
+The gain is what the probe learnt: loss of the base - the best loss.  A hundredth of the loss is what nobody would notice, unless little was
+to be learnt; then it is a twentieth of that.  One held-out batch has no standard error: then the tolerance decides alone.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 
-from halfbyte.lora.truncate import Spectrum
 from halfbyte.studies.rank_problem import HeldOut, Problem, adapt, held_out, put, spectra_of, train
 
 OF_LOSS, OF_GAIN = 0.01, 0.05
-RECOVER_SHARE = 0.4
 
 
 @dataclass(frozen=True)
 class Point:
-    """One rank: held-out loss of the cut; where it was tried, the loss after recovering, how far that is from the loss of the rank that is
-    needed, and the standard error of this distance, None with one held-out batch (nats a token)."""
+    """One rank: held-out loss of the cut; of a run of this rank, None where none was made; the better of the two; how far that is above
+    the best rank, and the standard error of this distance, None with one held-out batch (nats a token)."""
 
     rank: int
     cut_loss: float
-    loss: float | None = None
-    gap: float | None = None
-    error: float | None = None
+    run_loss: float | None
+    loss: float
+    gap: float
+    error: float | None
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What the probe run measured; losses in nats a token on `tokens` held-out tokens; `needed` is the smallest rank that is enough."""
+    """What the probe measured; losses in nats a token on `tokens` held-out tokens, `loss` is the best of all ranks'; `needed` is the
+    smallest rank that is enough."""
 
     rank: int
     steps: int
-    recover_steps: int
     rate: float
     base_loss: float
     loss: float
@@ -70,57 +70,71 @@ def powers(most: int) -> list[int]:
     return [*(2**n for n in range(most.bit_length()) if 2**n < most), most]
 
 
-def probe_run(problem: Problem, *, rank: int, steps: int, recover_steps: int, rate: float) -> Probe:
+def probe_run(problem: Problem, *, rank: int, steps: int, rate: float) -> Probe:
     """Stage C; the model carries no adapter of use afterwards."""
+    ranks = powers(rank)
     layers = adapt(problem, rank)
     base = held_out(problem)
     began = monotonic()
     seen = train(problem, steps, rate)
     per_token = (monotonic() - began) / max(1, seen)
+    trial = Trial(problem, steps, rate, base.loss)
+    trial.cuts[rank] = trial.runs[rank] = held_out(problem)
     parts = spectra_of(layers)
-    cuts = {rank: held_out(problem).loss}
-    for less in powers(rank)[:-1]:
+    for less in ranks[:-1]:
         put(layers, parts, less)
-        cuts[less] = held_out(problem).loss
-    trial = Trial(problem, parts, recover_steps, rate)
-    reached = trial.at(rank).loss
-    tolerance = max(0.0, min(OF_LOSS * reached, OF_GAIN * (base.loss - reached)))
-    needed = smallest(powers(rank), lambda less: trial.enough(less, rank, tolerance))
-    while needed < rank and not trial.enough(needed, min(2 * needed, rank), tolerance):
-        needed = min(2 * needed, rank)
-    points = {less: trial.point(less, loss, needed) for less, loss in sorted(cuts.items())}
-    best = trial.at(rank)
+        trial.cuts[less] = held_out(problem)
+    smallest([less for less in ranks if less <= trial.needed], trial.reaches)
     return Probe(
-        rank, steps, recover_steps, rate, base.loss, best.loss, sum(best.counts), tolerance, needed, points, monotonic() - began, per_token
+        rank, steps, rate, base.loss, trial.best.loss, sum(base.counts), trial.tolerance, trial.needed,
+        {number: trial.point(number) for number in ranks}, monotonic() - began, per_token,
     )  # fmt: skip
 
 
 class Trial:
-    """The cuts of one probe, each recovered once and remembered."""
+    """What is known of each rank so far: its cut, and a run where one was made."""
 
-    def __init__(self, problem: Problem, parts: Mapping[str, Spectrum], recover_steps: int, rate: float) -> None:
-        self.problem, self.parts, self.recover_steps, self.rate = problem, parts, recover_steps, rate
-        self.seen: dict[int, HeldOut] = {}
+    def __init__(self, problem: Problem, steps: int, rate: float, base_loss: float) -> None:
+        self.problem, self.steps, self.rate, self.base_loss = problem, steps, rate, base_loss
+        self.cuts: dict[int, HeldOut] = {}
+        self.runs: dict[int, HeldOut] = {}
 
     def at(self, rank: int) -> HeldOut:
-        """Held-out loss of the cut to `rank` after recovering."""
-        if rank not in self.seen:
-            put(adapt(self.problem, rank, start=False), self.parts, rank)
-            if self.recover_steps:
-                train(self.problem, self.recover_steps, self.rate)
-            self.seen[rank] = held_out(self.problem)
-        return self.seen[rank]
+        """The better of cut and run."""
+        return min((found[rank] for found in (self.cuts, self.runs) if rank in found), key=lambda one: one.loss)
 
-    def enough(self, rank: int, larger: int, tolerance: float) -> bool:
-        """Whether `rank` does as well as `larger`, within the tolerance or, where it is known, the standard error of their difference."""
-        gap, error = self.at(rank).gap(self.at(larger))
-        return gap <= max(tolerance, error or 0.0)
+    @property
+    def best(self) -> HeldOut:
+        """Of the best rank."""
+        return min(map(self.at, self.cuts), key=lambda one: one.loss)
 
-    def point(self, rank: int, cut_loss: float, needed: int) -> Point:
-        """What is known of a rank; its distance is to the rank that is needed."""
-        if rank not in self.seen:
-            return Point(rank, cut_loss)
-        return Point(rank, cut_loss, self.seen[rank].loss, *self.seen[rank].gap(self.seen[needed]))
+    @property
+    def tolerance(self) -> float:
+        """What nobody would notice, nats a token."""
+        return max(0.0, min(OF_LOSS * self.best.loss, OF_GAIN * (self.base_loss - self.best.loss)))
+
+    def enough(self, rank: int) -> bool:
+        """Whether `rank` does as well as the best, within the tolerance or, where it is known, the standard error of their difference."""
+        gap, error = self.at(rank).gap(self.best)
+        return gap <= max(self.tolerance, min(error or 0.0, OF_GAIN * (self.base_loss - self.best.loss)))
+
+    def reaches(self, rank: int) -> bool:
+        """The same after a run of this rank, where there was none."""
+        if not self.enough(rank) and rank not in self.runs:
+            adapt(self.problem, rank)
+            train(self.problem, self.steps, self.rate)
+            self.runs[rank] = held_out(self.problem)
+        return self.enough(rank)
+
+    @property
+    def needed(self) -> int:
+        """The smallest rank that is enough; the best always is."""
+        return min(rank for rank in self.cuts if self.enough(rank))
+
+    def point(self, rank: int) -> Point:
+        """What is known of a rank."""
+        run = self.runs.get(rank)
+        return Point(rank, self.cuts[rank].loss, None if run is None else run.loss, self.at(rank).loss, *self.at(rank).gap(self.best))
 
 
 def smallest(ranks: list[int], good: Callable[[int], bool]) -> int:

@@ -43,14 +43,14 @@ def stages_text(found: Recommendation) -> list[str]:
     if (probe := found.probe) is not None:
         known = any(point.error is not None for point in probe.points.values())
         lines.append(
-            f"probe      rank {probe.rank}, {probe.steps} steps at {probe.rate:g}, then {probe.recover_steps} for each cut: held-out loss "
+            f"probe      rank {probe.rank}, {probe.steps} steps at {probe.rate:g}, then cut, and small ranks run: held-out loss "
             f"{probe.base_loss:.4f} -> {probe.loss:.4f} nats/token on {probe.tokens} tokens; a rank is enough within "
             f"{probe.tolerance:.4f} nats/token{' or the standard error' if known else ' (one held-out batch has no standard error)'}"
         )
-        header = ["rank", "cut, nats/token", "recovered, nats/token", "standard error"]
+        header = ["rank", "cut, nats/token", "run, nats/token", "above the best", "standard error"]
         rows = [
-            [str(point.rank), f"{point.cut_loss:.4f}", "-" if point.loss is None else f"{point.loss:.4f}",
-             "-" if point.error is None else f"{point.error:.4f}"] for point in probe.points.values()
+            [str(point.rank), f"{point.cut_loss:.4f}", "-" if point.run_loss is None else f"{point.run_loss:.4f}",
+             f"{point.gap:+.4f}", "-" if point.error is None else f"{point.error:.4f}"] for point in probe.points.values()
         ]  # fmt: skip
         lines += ["  " + line for line in rows_of(header, rows)]
     return lines

@@ -26,7 +26,7 @@ from halfbyte.studies.rank import Recommendation, timing_of, training_bytes
 from halfbyte.studies.rank_capacity import Capacity, new_share
 from halfbyte.studies.rank_decision import decide
 from halfbyte.studies.rank_gradient import Gradient, ModuleGradient, gradient_spectrum, module_ranks
-from halfbyte.studies.rank_probe import Probe, powers, probe_run, smallest
+from halfbyte.studies.rank_probe import Probe, Trial, powers, probe_run, smallest
 from halfbyte.studies.rank_text import stages_text
 from halfbyte.train.from_config import train_from_config
 from tests.end_to_end.tiny_world import rows, write_model, write_rows
@@ -42,14 +42,46 @@ def command(*words: object) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_a_planted_rank_is_found(rank: int) -> None:
-    probe = probe_run(planted(rank, 0, **SMALL), rank=16, steps=60, recover_steps=24, rate=8e-3)
+    probe = probe_run(planted(rank, 0, **SMALL), rank=16, steps=60, rate=8e-3)
     found = decide(None, None, probe, planned_steps=probe.steps)
     assert rank / 2 <= found.rank <= 2 * rank and found.stage == "probe"
-    assert probe.loss < probe.base_loss and probe.points[rank].loss is not None
+    assert probe.loss < probe.base_loss and probe.points[rank].loss < probe.base_loss
     assert powers(16) == list(probe.points)
 
 
-def test_cuts_recover_from_the_probe_and_at_one_scale() -> None:
+def test_a_rank_is_worth_the_better_of_its_cut_and_its_run() -> None:
+    """Runs are made below the smallest rank whose cut is enough, never above; a rank is needed where the next smaller is not enough."""
+    problem = planted(4, 1, **SMALL)
+    probe = probe_run(problem, rank=16, steps=30, rate=8e-3)
+    points = list(probe.points.values())
+    for point in points:
+        assert point.loss == min(loss for loss in (point.cut_loss, point.run_loss) if loss is not None)
+        assert point.gap == pytest.approx(point.loss - probe.loss) and point.error is not None
+    assert min(point.loss for point in points) == probe.loss
+    cut_alone = [max(probe.tolerance, min(point.error or 0.0, 0.05 * probe.gain)) >= point.cut_loss - probe.loss for point in points]
+    run = [point.rank for point in points if point.run_loss is not None and point.rank < 16]
+    assert run and all(rank < powers(16)[cut_alone.index(True)] for rank in run) and probe.needed // 2 in run
+    direct = rank_problem.adapt(problem, run[0])
+    rank_problem.train(problem, 30, 8e-3)
+    assert rank_problem.held_out(problem).loss == pytest.approx(probe.points[run[0]].run_loss, abs=1e-6) and direct
+
+
+def trial(losses: dict[int, tuple[float, ...]], base: float) -> Trial:
+    """What a probe knows when all cuts were judged; each batch has one token."""
+    made = Trial(planted(1, 0, **SMALL), 1, 1e-3, base)
+    made.cuts = {rank: rank_problem.HeldOut(each, (1,) * len(each)) for rank, each in losses.items()}
+    return made
+
+
+def test_enough_is_judged_against_the_best_rank_and_noise_excuses_little() -> None:
+    assert trial({1: (1.02, 1.02), 2: (1.0, 1.0), 4: (1.03, 1.03)}, 2.0).needed == 2  # the largest is not the best
+    assert trial({1: (1.008, 1.008), 2: (1.0, 1.0)}, 2.0).needed == 1  # within a hundredth of the loss
+    assert trial({1: (1.008, 1.008), 2: (1.0, 1.0)}, 1.1).needed == 2  # and yet a twelfth of what was learnt
+    assert trial({1: (0.99, 1.05), 2: (1.0, 1.0)}, 2.0).needed == 1  # +0.02, not told from 0 by two batches
+    assert trial({1: (0.8, 1.4), 2: (1.0, 1.0)}, 2.0).needed == 2  # +0.1: two batches do not tell it, but more than a twentieth of the gain
+
+
+def test_cuts_are_at_one_scale() -> None:
     """# T28: alpha is the same for every rank, so a cut at another rank has another scale and yet the same update."""
     problem = planted(2, 0, **SMALL)
     layers = rank_problem.adapt(problem, 8)
@@ -66,9 +98,8 @@ def test_cuts_recover_from_the_probe_and_at_one_scale() -> None:
 def test_one_held_out_batch_has_no_standard_error() -> None:
     """None and a dash, never 0; the tolerance alone decides, and with a second batch the error is the one of two differences."""
     problem = planted(2, 0, **SMALL)
-    probe = probe_run(replace(problem, held_out=problem.held_out[:1]), rank=4, steps=4, recover_steps=2, rate=8e-3)
-    tried = [point for point in probe.points.values() if point.loss is not None]
-    assert tried and all(point.error is None for point in tried)
+    probe = probe_run(replace(problem, held_out=problem.held_out[:1]), rank=4, steps=4, rate=8e-3)
+    assert all(point.error is None for point in probe.points.values())
     one, other = rank_problem.HeldOut((3.0,), (10,)), rank_problem.HeldOut((2.0,), (10,))
     assert one.gap(other) == (pytest.approx(0.1), None)
     two, both = rank_problem.HeldOut((3.0, 5.0), (10, 10)), rank_problem.HeldOut((2.0, 2.0), (10, 10))
@@ -141,7 +172,7 @@ def test_capacity_counts_bits_and_repeated_rows() -> None:
 
 
 def probe_of(needed: int, steps: int = 30) -> Probe:
-    return Probe(64, steps, 12, 1e-3, 2.0, 1.0, 100, 0.01, needed, {}, 1.0, 0.01)
+    return Probe(64, steps, 1e-3, 2.0, 1.0, 100, 0.01, needed, {}, 1.0, 0.01)
 
 
 def test_decisions() -> None:
