@@ -38,7 +38,21 @@ def ops_text() -> str:
         ("op", "implementation", "device", "serves", "why"),
         [(row.op, row.implementation, row.device, "yes" if row.serves else "-", row.reason) for row in rows],
     )
-    return ops + "\n\n" + "\n".join(_missing())
+    return ops + "\n\n" + "\n".join([*attention_lines(), *_missing()])
+
+
+def attention_lines() -> list[str]:
+    """Of each GPU, whether attention takes a batch in one call; heads of 128 in bfloat16 stand for what models have."""
+    import torch
+
+    from halfbyte.kernels.packed_attention.gpu import lacking, not_in_one_call
+
+    lines = []
+    for gpu in (gpu for gpu in devices.describe().gpus if gpu.capability):
+        major, minor = (int(part) for part in gpu.capability.split("."))
+        reason = not_in_one_call((major, minor), 128, torch.bfloat16, lacking())
+        lines.append(f"packed_attention on {gpu.name}: one call per {f'sample: {reason}' if reason else 'batch'}")
+    return lines
 
 
 def _missing() -> list[str]:

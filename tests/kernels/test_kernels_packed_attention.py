@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.packed_attention import cpu, gpu, packed_attention, packed_attention_backward, reference
+from halfbyte.log import logger
 
 DTYPES = ((torch.float32, 5e-6), (torch.bfloat16, 1e-2), (torch.float16, 1.5e-3), (torch.float64, 1e-12))
 # edges, H, G, D, window, softcap
@@ -210,17 +211,57 @@ def test_reference_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     packed_attention(q, k, v, starts, 0.5)
 
 
+@pytest.mark.parametrize("shared", (False, True))
 @pytest.mark.parametrize("window", (0, 20))
-def test_by_segment_is_the_same_attention(window: int) -> None:
-    """What a GPU without varlen runs; PyTorch's own attention runs anywhere."""
-    q, k, v, do, starts = _inputs([0, 31, 31, 100], 4, 2, 16, torch.float32)
+@pytest.mark.parametrize("width", (16, 20))
+def test_by_segment_is_the_same_attention(width: int, window: int, shared: bool) -> None:
+    """What a GPU without flash attention runs; PyTorch's own attention runs anywhere.  A width of 20 is padded to 24 and cut again."""
+    q, k, v, do, starts = _inputs([0, 31, 31, 100], 4, 2, width, torch.float32)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    got = gpu.by_segment(*leaves, tuple(starts.tolist()), 0.25, window)
+    got = gpu.by_segment(*leaves, tuple(starts.tolist()), 0.25, window, shared)
     want = packed_attention(*leaves, starts, 0.25, window)
     _close(got, want, 5e-6)
     for one, two in zip(torch.autograd.grad(got, leaves, do), torch.autograd.grad(want, leaves, do), strict=True):
         _close(one, two, 5e-6)
     assert gpu.missing(q, 0.0) == "" and "soft cap" in gpu.missing(q, 1.0)
+
+
+@pytest.mark.parametrize("capability,width,dtype,words", (
+    ((9, 0), 128, torch.bfloat16, ""), ((8, 0), 256, torch.float16, ""), ((12, 0), 256, torch.bfloat16, ""),
+    ((10, 0), 200, torch.float16, ""),
+    ((8, 9), 192, torch.bfloat16, ""), ((8, 0), 100, torch.float16, ""),  # OpenLLaMA-3B's heads, padded
+    ((7, 5), 64, torch.float16, "8.0, found 7.5"), ((7, 0), 100, torch.float16, "8.0, found 7.0"),
+    ((9, 0), 64, torch.float32, "float32"), ((9, 0), 257, torch.bfloat16, "up to 256"),
+    ((8, 6), 200, torch.bfloat16, "no gradient"), ((8, 9), 217, torch.float16, "no gradient"), ((12, 0), 224, torch.float16, "no gradient"),
+))  # fmt: skip
+def test_which_cards_take_a_batch_in_one_call(capability: tuple[int, int], width: int, dtype: torch.dtype, words: str) -> None:
+    reason = gpu.not_in_one_call(capability, width, dtype)
+    assert words in reason and bool(reason) == bool(words)
+    assert "enable_gqa" in gpu.not_in_one_call(capability, width, dtype, ("enable_gqa",))
+
+
+def test_a_card_without_flash_attention_runs_by_segment(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The choice of the GPU path, made here as on a T4 and as on an H100, and said once."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(gpu, "_varlen", lambda: pytest.fail("flash attention was called"))
+    monkeypatch.setattr(gpu, "lacking", tuple)
+    monkeypatch.setattr(logger(), "propagate", True)
+    gpu._why.cache_clear()
+    q, k, v, _, starts = _inputs([0, 31, 50], 4, 2, 20, torch.bfloat16)
+    for _ in range(2):
+        _close(gpu.packed_attention(q, k, v, starts, 0.25, 0), packed_attention(q, k, v, starts, 0.25), 1e-2)
+    assert [record.message.rpartition(": ")[2] for record in caplog.records] == ["flash attention needs compute capability 8.0, found 7.5"]
+    taken = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(gpu, "_varlen", lambda: lambda q, k, v, *rest, **more: taken.append((q.shape, k.shape, rest[2:], more)) or q)
+    gpu._why.cache_clear()
+    assert gpu.packed_attention(q, k, v, starts, 0.25, 7).shape == q.shape
+    gpu._why.cache_clear()
+    assert taken == [((50, 4, 24), (50, 2, 24), (31, 31), {"scale": 0.25, "window_size": (6, 0), "enable_gqa": True})]
+
+
+def test_this_pytorchs_varlen_has_what_is_asked_of_it() -> None:
+    assert gpu.lacking() == (() if torch.__version__ >= "2.12" else ("enable_gqa",))
 
 
 @pytest.mark.gpu
