@@ -3,9 +3,10 @@
 | variable            | meaning                                                        | default             |
 |---------------------|----------------------------------------------------------------|---------------------|
 | HALFBYTE_CACHE      | folder for the starter model and converted files               | ~/.cache/halfbyte   |
-| HALFBYTE_KERNELS    | which kernels serve: auto, reference, cpu, triton              | auto                |
+| HALFBYTE_KERNELS    | kernels to take where an op has them: reference, cpu, triton   | auto                |
 | HALFBYTE_FAULTS     | fault points for crash tests, e.g. checkpoint.write:kill:3     | none                |
 | NUMBA_CPU_NAME      | make CPU kernels for this processor (with NUMBA_CPU_FEATURES)  | this machine's      |
+| CUDA_VISIBLE_DEVICES | which accelerators CUDA shows to a program, by number or UUID | all of them         |
 | RANK                | set by a launcher of several processes; only number 0 speaks   | 0                   |
 | NO_COLOR            | any value switches colours off                                 | unset               |
 """
@@ -40,6 +41,11 @@ def faults() -> str:
 def rank() -> int:
     """This process's number among all processes of the run."""
     return int(os.environ.get("RANK", "0"))
+
+
+def visible_gpus() -> str | None:
+    """The accelerators that CUDA shows, as CUDA's own variable lists them; None where it is not set, which means all."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def no_color() -> bool:

@@ -2,7 +2,8 @@
 
 An implementation is named by three words: the op, the implementation (reference, cpu, triton) and the device type.  A predicate
 per implementation returns the reason why it does not serve; an empty reason means that it does.  Among those that serve, the
-fastest is taken; HALFBYTE_KERNELS forces one, and a forced one that cannot serve raises instead of falling back.
+fastest is taken.  HALFBYTE_KERNELS forces one kind where an op has it for the device; ops without it are left as they are, and
+`halfbyte doctor` says which.  A forced one whose package is missing raises instead of falling back.
 """
 
 import importlib
@@ -37,49 +38,56 @@ def _numba_missing() -> str:
     return "" if importlib.util.find_spec("numba") else "the package numba is not installed"
 
 
-def _reference(device: str) -> str:
-    return ""
-
-
-def _cpu(device: str) -> str:
-    return _numba_missing() if device == "cpu" else "written for the CPU"
-
-
 @cache
 def _triton_missing() -> str:
     return "" if importlib.util.find_spec("triton") else "the package triton is not installed"
 
 
-def _triton(device: str) -> str:
-    return _triton_missing() if device == "cuda" else "written for CUDA"
+@dataclass(frozen=True)
+class _Kind:
+    """Where a kind of implementation runs, what is said of it elsewhere, and what it lacks where it should run."""
+
+    devices: tuple[str, ...]
+    elsewhere: str
+    lacks: Callable[[], str]
 
 
-def _torch(device: str) -> str:
-    return "" if device == "cuda" else "PyTorch's own attention is for GPUs"
-
-
-# op -> implementations, fastest first
-_IMPLEMENTATIONS: dict[str, dict[str, Callable[[str], str]]] = {
-    "quantize_blockwise": {"cpu": _cpu, "triton": _triton, "reference": _reference},
-    "search_scales": {"cpu": _cpu, "reference": _reference},
-    "dequantize_blockwise": {"cpu": _cpu, "triton": _triton, "reference": _reference},
-    "matmul_4bit": {"cpu": _cpu, "triton": _triton, "reference": _reference},
-    "linear_cross_entropy": {"cpu": _cpu, "triton": _triton, "reference": _reference},
-    "rms_norm": {"cpu": _cpu, "triton": _triton, "reference": _reference},
-    "rope": {"cpu": _cpu, "triton": _triton, "reference": _reference},
-    "adamw": {"cpu": _cpu, "triton": _triton, "reference": _reference},
-    "gated_mlp": {"cpu": _cpu, "triton": _triton, "reference": _reference},
-    "packed_attention": {"cpu": _cpu, "torch": _torch, "reference": _reference},
-    "gemv": {"cpu": _cpu, "reference": _reference},
-    "cached_attention": {"cpu": _cpu, "reference": _reference},
+_KINDS = {
+    "cpu": _Kind(("cpu",), "written for the CPU", lambda: _numba_missing()),
+    "triton": _Kind(("cuda",), "written for CUDA", lambda: _triton_missing()),
+    "torch": _Kind(("cuda",), "PyTorch's own attention is for GPUs", str),
+    "reference": _Kind(DEVICES, "", str),
 }
+
+_EVERYWHERE = ("cpu", "triton", "reference")
+# op -> implementations, fastest first
+_IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    "quantize_blockwise": _EVERYWHERE,
+    "search_scales": ("cpu", "reference"),
+    "dequantize_blockwise": _EVERYWHERE,
+    "matmul_4bit": _EVERYWHERE,
+    "linear_cross_entropy": _EVERYWHERE,
+    "rms_norm": _EVERYWHERE,
+    "rope": _EVERYWHERE,
+    "adamw": _EVERYWHERE,
+    "gated_mlp": _EVERYWHERE,
+    "packed_attention": ("cpu", "torch", "reference"),
+    "gemv": ("cpu", "reference"),
+    "cached_attention": ("cpu", "reference"),
+}
+
+
+def _why_not(name: str, device: str) -> str:
+    """Why an implementation does not serve on a device; empty when it can."""
+    kind = _KINDS[name]
+    return kind.lacks() if device in kind.devices else kind.elsewhere
 
 
 def chosen(op: str, device: str) -> str:
     """Name of the implementation that serves `op` on `device` ("cpu", "cuda").
 
-    Raises UnsupportedError when HALFBYTE_KERNELS names one that cannot serve; an op that has only its reference is not
-    concerned by a forced "cpu", for the reference is what the CPU runs.
+    HALFBYTE_KERNELS decides where the op has such an implementation for the device; elsewhere the choice is that of `auto`.  Raises
+    UnsupportedError when it names no kind, or one whose package is not installed.
     """
     return _chosen(op, device, env.kernels())
 
@@ -87,21 +95,18 @@ def chosen(op: str, device: str) -> str:
 @cache
 def _chosen(op: str, device: str, forced: str) -> str:
     known = _IMPLEMENTATIONS[op]
-    if forced == "auto":
-        return next(name for name, why_not in known.items() if not why_not(device))
-    if forced not in env.KERNEL_CHOICES:
+    if forced != "auto" and forced not in env.KERNEL_CHOICES:
         raise UnsupportedError(
             "HALFBYTE_KERNELS names no kind of kernel", code="E-UNSUP-001", found=forced, expected=", ".join(env.KERNEL_CHOICES),
             remedy=nearest(forced, env.KERNEL_CHOICES),
         )
-    if forced == "cpu" and set(known) == {"reference"}:
-        return "reference"
-    reason = known[forced](device) if forced in known else "not written yet"
-    if reason:
+    serving = [name for name in known if not _why_not(name, device)]
+    if forced not in known or device not in _KINDS[forced].devices:
+        return serving[0]
+    if forced not in serving:
         raise UnsupportedError(
             "the kernel that HALFBYTE_KERNELS forces cannot serve here", code="E-UNSUP-002", place=f"op {op} on {device}",
-            found=f"{forced}: {reason}", expected=", ".join(name for name, why_not in known.items() if not why_not(device)),
-            remedy="set HALFBYTE_KERNELS=auto",
+            found=f"{forced}: {_why_not(forced, device)}", expected=", ".join(serving), remedy="set HALFBYTE_KERNELS=auto",
         )
     return forced
 
@@ -126,16 +131,27 @@ def implementation(op: str, like: Tensor, dtype: torch.dtype | None = None) -> A
 
 def table() -> list[OpRow]:
     """Every op x implementation x device with the reason, in a fixed order; reads HALFBYTE_KERNELS but raises nothing."""
-    rows = []
-    for op, known in _IMPLEMENTATIONS.items():
-        for device in DEVICES:
-            open_ones = [name for name, why_not in known.items() if not why_not(device)]
-            forced = env.kernels()
-            serving = forced if forced in open_ones else open_ones[0] if forced == "auto" or (forced == "cpu" and len(known) == 1) else ""
-            for name, why_not in known.items():
-                if name == serving:
-                    reason = "serves" if forced == "auto" else f"serves, HALFBYTE_KERNELS={forced}"
-                else:
-                    reason = why_not(device) or (f"{serving} serves instead" if serving else f"HALFBYTE_KERNELS={forced} is asked for")
-                rows.append(OpRow(op, name, device, name == serving, reason))
-    return rows
+    return [
+        OpRow(op, name, device, name == serving, _reason(name, device, serving))
+        for op, known in _IMPLEMENTATIONS.items()
+        for device in DEVICES
+        for serving in (_serving(op, device),)
+        for name in known
+    ]
+
+
+def _serving(op: str, device: str) -> str:
+    """What `chosen` says; empty where it raises."""
+    try:
+        return chosen(op, device)
+    except UnsupportedError:
+        return ""
+
+
+def _reason(name: str, device: str, serving: str) -> str:
+    forced = env.kernels()
+    if name != serving:
+        return _why_not(name, device) or (f"{serving} serves instead" if serving else f"HALFBYTE_KERNELS={forced} is asked for")
+    if forced == "auto":
+        return "serves"
+    return f"serves, HALFBYTE_KERNELS={forced}" if name == forced else f"serves: there is no {forced} for this op on {device}"

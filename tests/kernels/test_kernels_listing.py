@@ -27,12 +27,39 @@ def test_reference_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row.implementation for row in listing.table() if row.serves} == {"reference"}
 
 
-@pytest.mark.parametrize("forced", ("triton", "fastest"))
-def test_a_forced_choice_that_cannot_serve_raises(forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", listing.DEVICES)
+@pytest.mark.parametrize("forced", ("triton", "cpu", "reference"))
+def test_a_forced_kind_serves_where_an_op_has_it(forced: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere what auto takes serves, so that a model runs whatever is forced; doctor's table says which."""
+    monkeypatch.setattr(listing, "_triton_missing", lambda: "")
+    listing._chosen.cache_clear()
+    auto = {row.op: row.implementation for row in listing.table() if row.serves and row.device == device}
     monkeypatch.setenv("HALFBYTE_KERNELS", forced)
-    with pytest.raises(UnsupportedError):
+    rows = [row for row in listing.table() if row.serves and row.device == device]
+    assert {row.op for row in rows} == set(auto)
+    there = {"triton": "cuda", "cpu": "cpu", "reference": device}[forced] == device
+    for row in rows:
+        assert listing.chosen(row.op, device) == row.implementation
+        forceable = there and forced in listing._IMPLEMENTATIONS[row.op]
+        assert row.implementation == (forced if forceable else auto[row.op])
+        reason = f", HALFBYTE_KERNELS={forced}" if forceable else f": there is no {forced} for this op on {device}"
+        assert row.reason == f"serves{reason}"
+    listing._chosen.cache_clear()
+
+
+def test_a_forced_choice_that_cannot_serve_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name of no kind, and a kind whose package is missing."""
+    monkeypatch.setenv("HALFBYTE_KERNELS", "fastest")
+    with pytest.raises(UnsupportedError, match="E-UNSUP-001"):
+        quantize_blockwise(torch.randn(64), CODEBOOKS["nf4"], 64)
+    assert not any(row.serves for row in listing.table())
+    monkeypatch.setattr(listing, "_numba_missing", lambda: "the package numba is not installed")
+    monkeypatch.setenv("HALFBYTE_KERNELS", "cpu")
+    listing._chosen.cache_clear()
+    with pytest.raises(UnsupportedError, match="E-UNSUP-002"):
         quantize_blockwise(torch.randn(64), CODEBOOKS["nf4"], 64)
     assert not any(row.serves for row in listing.table() if row.device == "cpu")
+    listing._chosen.cache_clear()
 
 
 def test_importing_kernels_imports_no_numba_and_starts_no_thread() -> None:
