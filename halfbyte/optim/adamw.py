@@ -154,15 +154,19 @@ class AdamW(torch.optim.Optimizer):
 def _update_float32(members: list[tuple[Tensor, Tensor, dict[str, Tensor]]], group: dict[str, Any]) -> None:
     """PyTorch's fused AdamW: one pass over memory instead of about ten.
 
-    It counts the step on the parameters' device; ours is counted on the CPU, where reading it waits for no device.
+    It counts the step on the parameters' device; ours is counted on the CPU, where reading it waits for no device.  Parameters that have
+    taken equally many steps are updated together: their count goes to the device as a number, written there once.
     """
-    if members:
-        beta1, beta2 = group["betas"]
-        steps = [state["step"].to(values.device, copy=True) for values, _, state in members]
+    beta1, beta2 = group["betas"]
+    together: dict[tuple[torch.device, float], list[tuple[Tensor, Tensor, dict[str, Tensor]]]] = {}
+    for member in members:
+        together.setdefault((member[0].device, member[2]["step"].item()), []).append(member)
+    for (device, count), some in together.items():
+        steps = torch.full((len(some),), count, dtype=torch.float32, device=device)
         adamw(
-            [values for values, _, _ in members], [gradient for _, gradient, _ in members], [state["m"] for _, _, state in members],
-            [state["v"] for _, _, state in members], [], steps, fused=True, amsgrad=False,
+            [values for values, _, _ in some], [gradient for _, gradient, _ in some], [state["m"] for _, _, state in some],
+            [state["v"] for _, _, state in some], [], list(steps.unbind()), fused=True, amsgrad=False,
             beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )
-        for _, _, state in members:
+        for _, _, state in some:
             state["step"] += 1

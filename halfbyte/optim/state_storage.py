@@ -10,6 +10,8 @@ zero: the update divides by its root, and a lost v under a kept m would be a ste
 in 32 bits, where the saving is nothing and the error shows.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -38,8 +40,14 @@ def is_int8(state: dict[str, Tensor]) -> bool:
     return "m_indices" in state
 
 
+@lru_cache(maxsize=16)
+def _codebooks_on(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both codebooks on a device, copied there once: such a copy waits for all that the device has to do."""
+    first, second = (CODEBOOKS[CODEBOOK_OF[moment]].to(device) for moment in ("m", "v"))
+    return first, second
+
+
 def int8_moments(state: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Both 8-bit moments as `kernels.adamw.adamw_int8_` takes them: indices and scales of m, of v, then the two codebooks."""
-    device = state["m_indices"].device
-    first, second = (CODEBOOKS[CODEBOOK_OF[moment]].to(device) for moment in ("m", "v"))
-    return state["m_indices"], state["m_absmax"], state["v_indices"], state["v_absmax"], first, second
+    books = _codebooks_on(state["m_indices"].device)
+    return state["m_indices"], state["m_absmax"], state["v_indices"], state["v_absmax"], *books

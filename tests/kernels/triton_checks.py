@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from halfbyte.kernels import adamw as step_op
+from halfbyte.kernels import listing
 from halfbyte.kernels.adamw import reference as step_reference
 from halfbyte.kernels.adamw import triton_gpu as adam
 from halfbyte.kernels.dequantize_blockwise import reference as read_reference
@@ -320,6 +322,18 @@ def test_adamw_with_moments_in_8_bits(dtype: torch.dtype) -> None:
         torch.testing.assert_close(p[same], want_p[same], rtol=1e-5, atol=1e-6)
         for got, want in zip(scales, want_scales):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+
+
+def test_adamw_sorts_a_codebook_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op hands the kernel the very tensors it was given, so that what is made of a codebook is kept for all parameters and steps."""
+    monkeypatch.setattr(listing, "implementation", lambda *rest: adam)
+    adam._sorted.cache_clear()
+    books, p = (BOOKS["dynamic-signed"], BOOKS["dynamic-unsigned"]), _random(256)
+    for step in (1, 2, 3):
+        m, v = torch.zeros(2, 256, dtype=torch.uint8, device=DEVICE)
+        tops = torch.zeros(1, device=DEVICE), torch.zeros(1, device=DEVICE)
+        step_op.adamw_int8_(p, p.clone(), m, tops[0], v, tops[1], *books, 1e-2, 0.9, 0.999, 1e-8, 0.1, step)
+    assert adam._sorted.cache_info().misses == 2
 
 
 # ---- more than 2^31 elements

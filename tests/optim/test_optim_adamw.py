@@ -1,15 +1,18 @@
 """AdamW against torch.optim.AdamW and bitsandbytes.optim.AdamW8bit, and what it does with bf16, fp16, paging and its own state."""
 
 import logging
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from halfbyte.errors import CheckpointError, UnsupportedError
 from halfbyte.log import logger
 from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.paged import resident
+from halfbyte.optim.state_storage import int8_moments, new_moments
 
 
 def pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Parameter, nn.Parameter]:
@@ -223,3 +226,43 @@ def test_state_of_other_parameters_is_refused() -> None:
         with pytest.raises(CheckpointError) as caught:
             AdamW([("w", nn.Parameter(torch.zeros(4, 4)))]).load_state_tensors(broken)
         assert caught.value.code == code
+
+
+class Seen(TorchDispatchMode):
+    """Counts the operations of PyTorch by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_step_goes_to_the_device_as_one_number_for_all_that_share_it() -> None:
+    """A copy of a CPU tensor per parameter would wait for the device each time.  A parameter without a gradient falls one step behind."""
+    pairs = [pair(3, 4) for _ in range(5)]
+    ours, theirs = (list(side) for side in zip(*pairs))
+    optimizers = AdamW(ours), torch.optim.AdamW(theirs, weight_decay=0.0)
+    for step in range(3):
+        for number, both in enumerate(pairs):
+            gradient = torch.randn(3, 4)
+            for parameter in both:
+                parameter.grad = None if number == 4 and step == 0 else gradient.clone()
+        with Seen() as seen:
+            optimizers[0].step()
+        optimizers[1].step()
+        assert seen.count["aten.full.default"] == (1 if step == 0 else 2)
+        assert not seen.count["aten._to_copy.default"] and not seen.count["aten.clone.default"]
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=0, atol=5e-8)
+    assert [int(optimizers[0].state[parameter]["step"]) for parameter in ours] == [3, 3, 3, 3, 2]
+
+
+def test_codebooks_are_copied_to_a_device_once() -> None:
+    books = []
+    for _ in range(2):
+        state = new_moments(torch.empty(64, 64, device="meta"), "int8")
+        books.append(int8_moments(state)[4:])
+    assert books[0][0] is books[1][0] and books[0][1] is books[1][1] and books[0][0].is_meta

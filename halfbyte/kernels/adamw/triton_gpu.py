@@ -8,6 +8,8 @@ rounded, which costs nothing beside the traffic of 28 bytes per number.  Tensors
 Proven in Triton's interpreter against the reference; compiled for sm_90 and sm_80, not yet timed on a GPU.
 """
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -69,6 +71,13 @@ def _step_int8(  # type: ignore[no-untyped-def]
     tl.store(v_absmax + block, top, mask=there)
 
 
+@lru_cache(maxsize=16)
+def _sorted(codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """(thresholds, order uint8) of a codebook, made once for a tensor: the parameters of a device share theirs."""
+    thresholds, order = thresholds_of(codebook)
+    return thresholds, order.byte()
+
+
 def _numbers(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int) -> tuple[float, ...]:
     """What the kernels need of the settings, formed in double precision."""
     return 1 - lr * weight_decay, lr / (1 - beta1**step), 1 - beta1, beta2, 1 - beta2, (1 - beta2**step) ** 0.5, eps
@@ -96,8 +105,7 @@ def adamw_int8_(
         )
         return
     numbers, blocks = _numbers(lr, beta1, beta2, eps, weight_decay, step), TILE // BLOCKSIZE
-    (m_thresholds, m_order), (v_thresholds, v_order) = thresholds_of(m_codebook), thresholds_of(v_codebook)
     launch(
         _step_int8, -(-p.numel() // TILE), p, grad, m_indices, m_absmax, v_indices, v_absmax, m_codebook, v_codebook,
-        m_thresholds, m_order.byte(), v_thresholds, v_order.byte(), p.numel(), *numbers, exact=True, BLOCKSIZE=BLOCKSIZE, BLOCKS=blocks,
+        *_sorted(m_codebook), *_sorted(v_codebook), p.numel(), *numbers, exact=True, BLOCKSIZE=BLOCKSIZE, BLOCKS=blocks,
     )  # fmt: skip
