@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from halfbyte.kernels import scratch
 from halfbyte.kernels.linear_cross_entropy import chunks, cpu, cross_entropy_, linear_cross_entropy, reference
@@ -123,6 +124,29 @@ def test_labels_outside_the_vocabulary_are_refused() -> None:
             linear_cross_entropy(hidden, weight, labels)
     with pytest.raises(ValueError, match="do not fit"):
         linear_cross_entropy(hidden, weight[:, :3], labels)
+
+
+def test_labels_are_looked_at_with_one_read_of_the_device() -> None:
+    """Each number that the host reads by itself would wait for the device once more."""
+    for labels, rows in (([3, -100, 0, 12], [0, 2, 3]), ([5, 0], None), ([-100, -100], []), ([], None)):
+        given = torch.tensor(labels, dtype=torch.int64)
+        with Reads() as reads:
+            found, kept = chunks._trained(given, 13)
+        assert reads.count == 0 and kept.tolist() == [label for label in labels if label != IGNORED]
+        assert (None if found is None else found.tolist()) == rows
+    for wrong in ([-100, 13], [-1, 4]):
+        with pytest.raises(ValueError, match=r"within 0\.\.12, found -?\d+\.\.\d+"):
+            chunks._trained(torch.tensor(wrong), 13)
+
+
+class Reads(TorchDispatchMode):
+    """Counts operations that make a GPU's host wait, but for the one reading of a small tensor as a list."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += str(func) in ("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.item.default")
+        return func(*args, **(kwargs or {}))
 
 
 LOGITS = ((1, 1), (0, 7), (1, 2), (3, 511), (4, 512), (5, 513), (2, 3001), (40, 1100))

@@ -92,12 +92,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _trained(labels: Tensor, vocabulary: int) -> tuple[Tensor | None, Tensor]:
-    """(numbers of the rows with a label, None where all have one; their labels).  Raises ValueError on a label outside 0..V-1."""
-    rows = (labels != IGNORED).nonzero().reshape(-1)
-    every = rows.numel() == labels.numel()
-    kept = labels if every else labels[rows]
-    if kept.numel():
-        low, high = (int(edge) for edge in kept.aminmax())
-        if low < 0 or high >= vocabulary:
-            raise ValueError(f"labels must be -100 or within 0..{vocabulary - 1}, found {low}..{high}")
-    return None if every else rows, kept.long()
+    """(numbers of the rows with a label, None where all have one; their labels).  Raises ValueError on a label outside 0..V-1.
+
+    The host reads the device once: how many labels there are, the lowest and the highest.
+    """
+    if not labels.numel():
+        return None, labels.long()
+    there, top = labels != IGNORED, labels.max()
+    count, low, high = torch.stack([there.sum(), torch.where(there, labels, top).min(), top]).tolist()
+    if count and (low < 0 or high >= vocabulary):
+        raise ValueError(f"labels must be -100 or within 0..{vocabulary - 1}, found {low}..{high}")
+    if count == labels.numel():
+        return None, labels.long()
+    rows = there.nonzero_static(size=count).reshape(-1)
+    return rows, labels[rows].long()
