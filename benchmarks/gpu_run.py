@@ -6,6 +6,7 @@
     python -m benchmarks.gpu_run step-65b       Llama-65B shape, rank 64, 1 x 2048, card capped to 48 GiB
     python -m benchmarks.gpu_run context-24g    8B shape, rank 32, card capped to 24 GiB: the longest context
     python -m benchmarks.gpu_run dequantize     NF4 to bfloat16: share of the measured copy bandwidth, beside bitsandbytes
+    python -m benchmarks.gpu_run memory-plan    predicted against measured peak memory in twelve settings
     python -m benchmarks.gpu_run paging         optimizer state in host memory: finishes where plain state does not, costs nothing else
 
 What a call finishes is written at once and not repeated by the next; a call stops by itself before its minutes are over (`--minutes`)
@@ -34,6 +35,7 @@ NEEDS = {
     "peft": ("peft", "bitsandbytes"), "trl": ("trl", "peft", "bitsandbytes"), "unsloth": ("unsloth",),
     "liger": ("liger_kernel", "peft", "bitsandbytes"),
 }  # fmt: skip
+RESULT_FILES = {"memory-plan": "memory-gpu"}
 PEERS = ("triton", "unsloth", "unsloth_zoo", "liger_kernel", "xformers")
 
 
@@ -47,7 +49,7 @@ class Line:
         self.ends = time.monotonic() + 60 * options.minutes
         folder = self.work if options.tiny else options.results
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"gpu_{name}.json"
+        self.path = folder / f"{RESULT_FILES.get(name, f'gpu_{name}')}.json"
         self.found: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.found.setdefault("runs", {})
         self.left: list[str] = []
@@ -124,24 +126,34 @@ def missing(arm: str) -> list[str]:
     return [name for name in NEEDS.get(arm.split("-")[0], ()) if importlib.util.find_spec(name) is None]
 
 
-def arms_of(line: Line, arms: list[str], settings: train_inputs.Settings, steps: int, rounds: int, seconds: float) -> dict[str, Any]:
+def in_order(arms: list[str], rounds: int, first: tuple[str, ...]) -> list[tuple[int, str]]:
+    """(round, arm): every round of the `first` arms, then every round of the others.
+
+    >>> in_order(["ours", "peer", "other"], 2, ("ours", "other"))
+    [(0, 'ours'), (0, 'other'), (1, 'ours'), (1, 'other'), (0, 'peer'), (1, 'peer')]
+    """
+    groups = [arm for arm in arms if arm in first], [arm for arm in arms if arm not in first]
+    return [(number, arm) for group in groups for number in range(rounds) for arm in group]
+
+
+def arms_of(
+    line: Line, arms: list[str], settings: train_inputs.Settings, steps: int, rounds: int, seconds: float, first: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Arms of train_arms.py in turn, round after round, on the same folder; figures, ratios of a round, agreement."""
     work = line.work / f"{line.name}-{settings.rows}x{settings.tokens}"
     inputs = train_inputs.prepare(work, settings)
     tokens = inputs["counts"]["all"]["tokens"][:steps]
     prefix = f"{settings.rows}x{settings.tokens}"
-    by_round: list[dict[str, Any]] = []
-    for number in range(rounds):
-        by_round.append({})
-        for arm in arms:
-            name = f"{prefix}-{number}-{arm}"
-            if lacking := missing(arm):
-                line.found.setdefault("not_installed", {})[arm] = lacking
-                continue
-            words = ["benchmarks.train_arms", arm, "--work", str(work), "--mode", "all", "--steps", str(steps), "--device", line.device]
-            found = line.child(name, [*words, "--threads", str(os.cpu_count() or 1)], seconds)
-            if found is not None and "failed" not in found:
-                by_round[-1][arm] = found
+    by_round: list[dict[str, Any]] = [{} for _ in range(rounds)]
+    for number, arm in in_order(arms, rounds, first):
+        name = f"{prefix}-{number}-{arm}"
+        if lacking := missing(arm):
+            line.found.setdefault("not_installed", {})[arm] = lacking
+            continue
+        words = ["benchmarks.train_arms", arm, "--work", str(work), "--mode", "all", "--steps", str(steps), "--device", line.device]
+        found = line.child(name, [*words, "--threads", str(os.cpu_count() or 1)], seconds)
+        if found is not None and "failed" not in found:
+            by_round[number][arm] = found
     done = {arm: runs for arm in arms if (runs := [found[arm] for found in by_round if arm in found])}
     if not done:
         return {"arms": {}}
@@ -185,13 +197,13 @@ def model_folder(line: Line, shape: str) -> Path:
 
 
 def step_8b(line: Line) -> int:
-    """Lines 11 and 12."""
+    """Lines 11 and 12.  All rounds of the two arms that the lines compare come first: the rest may need a call on another day."""
     rows, tokens, steps, rounds = (2, 64, 3, 1) if line.tiny else (4, 2048, 15, 3)
     shape = "tiny" if line.tiny else "8b"
     folder = model_folder(line, shape)
     settings = train_inputs.Settings(model=str(folder), documents="random", rows=rows, tokens=tokens, windows=steps)
     arms = ["train-nf4", "trl-nf4", "unsloth-nf4", "train-nf4-recompute", "unsloth-nf4-keep", "peft-nf4", "loop-nf4", "liger-nf4"]
-    found = arms_of(line, arms, settings, steps, rounds, 75.0)
+    found = arms_of(line, arms, settings, steps, rounds, 75.0, first=("train-nf4", "peft-nf4"))
     bars = [
         ("tokens/s", "train-nf4", "trl-nf4", ">=", 1.8), ("tokens/s", "train-nf4", "unsloth-nf4", ">=", 1.35),
         ("tokens/s", "train-nf4-recompute", "unsloth-nf4", ">=", 1.1), ("tokens/s", "train-nf4", "unsloth-nf4-keep", ">=", 1.1),
@@ -222,10 +234,10 @@ def step_small(line: Line) -> int:
 
 
 def other(line: Line) -> int:
-    """The lines in gpu_lines.py."""
-    from benchmarks import gpu_lines
+    """The lines in gpu_lines.py and gpu_memory.py."""
+    from benchmarks import gpu_lines, gpu_memory
 
-    return int(gpu_lines.LINES[line.name](line))
+    return int({**gpu_lines.LINES, "memory-plan": gpu_memory.line}[line.name](line))
 
 
 def install(wheels: Path, site: Path) -> None:
@@ -239,7 +251,7 @@ def install(wheels: Path, site: Path) -> None:
 
 LINES: dict[str, Callable[[Line], int]] = {
     "step-8b": step_8b, "step-small": step_small, "memory-7b": other, "step-65b": other, "context-24g": other, "dequantize": other,
-    "paging": other,
+    "memory-plan": other, "paging": other,
 }  # fmt: skip
 
 
