@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from halfbyte.pages.page import Picture, Table, render, replace_file, shown, shown_table
+from halfbyte.pages.page import Picture, Table, render, shown, shown_table, write_page
 
 
 def html(
@@ -26,4 +26,4 @@ def write(
     notes: Sequence[str] = (),
 ) -> Path:  # fmt: skip
     """Write the page, whole or not at all; returns its path.  Raises StorageError."""
-    return replace_file(path, html(title=title, lines=lines, tables=tables, pictures=pictures, notes=notes).encode())
+    return write_page(path, html(title=title, lines=lines, tables=tables, pictures=pictures, notes=notes))

@@ -19,6 +19,8 @@ from halfbyte.redact import secrets, terminal
 
 HERE = Path(__file__).resolve().parent
 LONGEST_TEXT = 4000
+OURS = (b"<!doctype html>", b"<footer>Written by Halfbyte ")
+"""How a page begins, and what only a page of ours says further down (page.html)."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,25 @@ def render(template: str, **values: Any) -> str:
 def style_hash(style: str) -> str:
     """The name of a style in a content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+
+
+def write_page(path: Path, page: str) -> Path:
+    """Write a page whole or not at all, over an earlier one of ours or an empty file; anything else there is left.  Raises StorageError."""
+    if path.is_file() and path.stat().st_size and not _is_ours(path):
+        raise StorageError(
+            "a page is written to a new file, or over a page of Halfbyte's", code="E-STORE-084", place=str(path),
+            found="a file that is no such page", remedy="name another file", nothing_done="The file is as it was.",
+        )  # fmt: skip
+    return replace_file(path, page.encode())
+
+
+def _is_ours(path: Path) -> bool:
+    begin, later = OURS
+    try:
+        with path.open("rb") as file:
+            return file.read(len(begin)) == begin and later in file.read()
+    except OSError:
+        return False
 
 
 def replace_file(path: Path, content: bytes) -> Path:

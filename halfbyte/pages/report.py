@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.pages import plots
-from halfbyte.pages.page import Table, clean, render, replace_file, shown, shown_table
+from halfbyte.pages.page import Table, clean, render, replace_file, shown, shown_table, write_page
 from halfbyte.units import bytes_text, count_text, percent_text, seconds_text
 
 TILES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
@@ -68,7 +68,7 @@ def write(run_folder: Path) -> Path:
     run_folder = Path(run_folder)
     page, picture = html(run_folder)
     replace_file(run_folder / "loss.png", picture)
-    return replace_file(run_folder / "report.html", page.encode())
+    return write_page(run_folder / "report.html", page)
 
 
 def _subtitle(summary: Mapping[str, Any]) -> str:
@@ -97,4 +97,3 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 def _read_json(path: Path, otherwise: Any) -> Any:
     return json.loads(path.read_text()) if path.is_file() else otherwise
-

@@ -181,3 +181,22 @@ def test_a_plan_without_a_layer_or_a_file_to_write_is_refused(config: Path, tmp_
         code, text, err = _run(config, "--gpu-memory", "24", "--page", page)
         assert code == 5 and err.startswith("error E-STORE-080") and "what fits, best first" in text  # the answer is told all the same
     assert not [one for folder in (tmp_path, Path()) for one in folder.iterdir() if one.name.endswith(".new")]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "other.html"])
+def test_a_page_never_takes_the_place_of_another_file(config: Path, tmp_path: Path, name: str) -> None:
+    place = config if name == "config.json" else tmp_path / name
+    if place != config:
+        place.write_bytes(b"<!doctype html>\n<p>of another program</p>" if name == "other.html" else bytes(64))
+    before = place.read_bytes()
+    code, text, err = _run(config, "--gpu-memory", "24", "--page", place)
+    assert code == 5 and err.startswith("error E-STORE-084") and str(place) in err and "what fits, best first" in text
+    assert place.read_bytes() == before
+
+
+def test_a_page_is_written_again_over_itself(config: Path, tmp_path: Path) -> None:
+    page = tmp_path / "plan.html"
+    page.touch()
+    for card in ("24", "80"):
+        assert _run(config, "--gpu-memory", card, "--page", page)[0] == 0
+        assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
