@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -232,16 +232,26 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
     """Write one file; after a crash at any moment `path` is the old file or the new one.  Raises StorageError."""
     staged = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staged, dict(metadata or {"format": "pt"}))
-        sync(staged)
+        _write(staged, {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
         os.replace(staged, path)
         sync(path.parent)
     except (OSError, RuntimeError) as failure:
         staged.unlink(missing_ok=True)
-        raise _storage(path, failure) from failure
+        raise _storage(path, str(failure)) from failure
     except BaseException:
         staged.unlink(missing_ok=True)
         raise
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None) -> None:
+    """One file, synced.  Raises OSError, also where the library calls what the system said an error of its own kind."""
+    try:
+        save_file(tensors, path, dict(metadata or {"format": "pt"}))
+    except SafetensorError as fault:
+        if "I/O error" not in str(fault):
+            raise
+        raise OSError(str(fault)) from fault
+    sync(path)
 
 
 def save_sharded(
@@ -277,8 +287,10 @@ def save_sharded(
             if old.name not in names and re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", old.name):
                 old.unlink()
         sync(folder)
+    except StorageError as failure:  # of a staged file: told with the place that the caller knows
+        raise _storage(folder, failure.found) from failure
     except (OSError, RuntimeError) as failure:
-        raise _storage(folder, failure) from failure
+        raise _storage(folder, str(failure)) from failure
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return [folder / name for name in names]
@@ -299,11 +311,11 @@ def _groups(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
     return groups
 
 
-def _storage(path: Path, failure: Exception) -> StorageError:
+def _storage(path: Path, found: str) -> StorageError:
     return StorageError(
-        "weights can be written", code="E-STORE-011", place=str(path), found=str(failure),
+        "weights can be written", code="E-STORE-011", place=str(path), found=found,
         remedy="free space or choose another folder", nothing_done="What was there before is unchanged.",
-    )
+    )  # fmt: skip
 
 
 def sync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,22 @@ def test_a_failing_disk_leaves_the_old_files(point: str, tmp_path: Path, monkeyp
         io.save(tmp_path / "one.safetensors", {"a": torch.ones(3)})
     monkeypatch.undo()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_the_system_says_while_the_library_writes_is_a_storage_error(tmp_path: Path) -> None:
+    """The library has an error kind of its own for a write that fails; here the system refuses files above 10,000 bytes."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, usual[1]))
+    try:
+        with pytest.raises(StorageError, match="File too large") as caught:
+            io.save(tmp_path / "one.safetensors", {"a": torch.ones(4_000)})
+        assert caught.value.code == "E-STORE-011"
+        with pytest.raises(StorageError, match="File too large") as caught:
+            io.save_sharded(tmp_path / "model", {"a": torch.ones(4_000), "b": torch.ones(4_000)}, 17_000)
+        assert caught.value.place == str(tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert [path.name for path in tmp_path.rglob("*")] == ["model"]
 
 
 def test_reading_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
