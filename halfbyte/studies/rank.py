@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
+import torch
+
 from halfbyte import host
 from halfbyte.config.run import RunConfig
 from halfbyte.data.batches import Batch, Batches
@@ -33,7 +35,7 @@ from halfbyte.quant.storage_cost import WIDTHS
 from halfbyte.studies.rank_capacity import TASKS, Capacity, capacity
 from halfbyte.studies.rank_decision import MOST, Decision, decide
 from halfbyte.studies.rank_gradient import Gradient, gradient_spectrum, module_ranks
-from halfbyte.studies.rank_probe import Point, Probe, probe_run
+from halfbyte.studies.rank_probe import Point, Probe, powers, probe_run
 from halfbyte.studies.rank_problem import Problem, adapt, token_loss
 from halfbyte.studies.rows import spread_evenly
 from halfbyte.train.resolve import learning_rate, total_steps
@@ -156,9 +158,9 @@ def measure(config: RunConfig, ask: Ask, data: TrainData, assembled: Assembled) 
     if "probe" in ask.stages:
         length = ask.probe_steps or min(steps, max(PROBE_LEAST, math.ceil(PROBE_SHARE * steps)))
         probe = probe_run(problem, rank=ask.probe_rank, steps=length, rate=rate_of(config, assembled))
-        held = held.with_floor(probe.loss) if held is not None else None
-    most = max(1, host.memory_bytes()[1] // 2 // training_bytes(config, sides)) if problem.device.type == "cpu" else MOST
-    decision = decide(held, gradient, probe, planned_steps=steps, most=min(MOST, most))
+        held = held.with_gain(probe.gain) if held is not None else None
+    most = largest_rank(config, sides, free_bytes(problem.device) // 2)
+    decision = decide(held, gradient, probe, planned_steps=steps, most=most)
     trained = sum(sum(label != -100 for label in example.labels[1:]) for example in data.train)
     per_step = trained / len(items) * config.train.global_batch_size
     timing = timing_of(gradient, probe, rank_one, assembled.total_params, per_step)
@@ -241,6 +243,20 @@ def training_bytes(config: RunConfig, tensors: Iterable[int]) -> int:
     """Adapter weights of these sizes while they train: themselves, gradients, optimizer state and, of 16 bits, masters."""
     tensors = list(tensors)
     return 2 * WIDTHS[config.lora.dtype] * sum(tensors) + bytes_of_state(tensors, config.optim.state, config.lora.dtype)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What is free for this process where the model lies; on a GPU with what PyTorch keeps there and does not use."""
+    if device.type != "cuda":
+        return host.memory_bytes()[1]
+    return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def largest_rank(config: RunConfig, sides: Iterable[int], room: int) -> int:
+    """The largest power of two up to MOST that trains in `room` bytes, 1 where none does; each rank by its own tensors' sizes."""
+    sides = list(sides)
+    fits = [rank for rank in powers(MOST) if training_bytes(config, (rank * side for side in sides)) <= room]
+    return max(fits, default=1)
 
 
 def choice(config: RunConfig, rank: int, sides: Sequence[int], probe: Probe | None, timing: Callable[[int], float] | None) -> Choice:

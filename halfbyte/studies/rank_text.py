@@ -56,6 +56,18 @@ def stages_text(found: Recommendation) -> list[str]:
     return lines
 
 
+def reasons_of(found: Recommendation) -> list[str]:
+    """The decision's reasons, and that the probe could not tell its rank from the best where the standard error alone made it enough."""
+    reasons, probe = list(found.decision.reasons), found.probe
+    point = probe.points.get(probe.needed) if probe is not None else None
+    if probe is not None and point is not None and point.error is not None and point.gap > probe.tolerance:
+        reasons.append(
+            f"probe: rank {point.rank} is {point.gap:.4f} nats/token above the best rank, more than the {probe.tolerance:.4f} that are "
+            f"tolerated; it is taken as enough because the standard error of that is {point.error:.4f}; more held-out rows would tell"
+        )
+    return reasons
+
+
 def cells(choice: Choice, recommended: int) -> list[str]:
     """One row of the table of choices."""
     return [
@@ -68,7 +80,7 @@ def cells(choice: Choice, recommended: int) -> list[str]:
 def recommendation_text(found: Recommendation, *, modules: bool = False) -> str:
     """The whole answer."""
     rank = found.decision.rank
-    lines = [f"rank {rank}, decided by the stage {found.decision.stage}", *("  " + reason for reason in found.decision.reasons), ""]
+    lines = [f"rank {rank}, decided by the stage {found.decision.stage}", *(wrapped("  " + reason) for reason in reasons_of(found)), ""]
     header = ["rank", "loss (estimate)", "to the best, nats/token (estimate)", "parameters", "adapter file", "while training (estimate)",
               "per step (estimate)"]  # fmt: skip
     lines += rows_of(header, [cells(choice, rank) for choice in found.choices])
@@ -94,7 +106,7 @@ def recommendation_dict(found: Recommendation) -> dict[str, Any]:
     """The answer as plain values; losses in nats a token, sizes in bytes, times in seconds."""
     gradient, probe, capacity = found.gradient, found.probe, found.capacity
     return {
-        "rank": found.decision.rank, "decided_by": found.decision.stage, "reasons": list(found.decision.reasons),
+        "rank": found.decision.rank, "decided_by": found.decision.stage, "reasons": reasons_of(found),
         "choices": [
             {"rank": one.rank, "loss_estimate": one.loss, "loss_above_best_estimate": one.gap, "parameters": one.parameters,
              "file_bytes": one.file_bytes, "training_bytes": one.training_bytes, "seconds_per_step_estimate": one.step_seconds}

@@ -18,16 +18,17 @@ from halfbyte.cli.main import run
 from halfbyte.config import DataConfig, load_config
 from halfbyte.data.batches import Batch
 from halfbyte.data.load import load_data
+from halfbyte.data.tokenize import Example
 from halfbyte.lora.inject import updates
 from halfbyte.models.load import load_tokenizer
 from halfbyte.models.source import resolve
 from halfbyte.studies import rank_problem
-from halfbyte.studies.rank import Recommendation, timing_of, training_bytes
-from halfbyte.studies.rank_capacity import Capacity, new_share
-from halfbyte.studies.rank_decision import decide
+from halfbyte.studies.rank import Recommendation, free_bytes, largest_rank, timing_of, training_bytes
+from halfbyte.studies.rank_capacity import Capacity, counted, new_share, without_repeats
+from halfbyte.studies.rank_decision import MOST, decide
 from halfbyte.studies.rank_gradient import Gradient, ModuleGradient, gradient_spectrum, module_ranks
-from halfbyte.studies.rank_probe import Probe, Trial, powers, probe_run, smallest
-from halfbyte.studies.rank_text import stages_text
+from halfbyte.studies.rank_probe import Point, Probe, Trial, powers, probe_run, smallest
+from halfbyte.studies.rank_text import reasons_of, recommendation_dict, recommendation_text, stages_text
 from halfbyte.train.from_config import train_from_config
 from tests.end_to_end.tiny_world import rows, write_model, write_rows
 
@@ -165,10 +166,48 @@ def test_capacity_counts_bits_and_repeated_rows() -> None:
     held = Capacity(trained_tokens=1000, new_share=0.5, base_loss=2 * math.log(2), floor=math.log(2), task="style", rank_one=100)
     assert held.bits == pytest.approx(500) and held.rank == math.ceil(2 * 500 / 200)
     assert replace(held, task="knowledge").rank == 40
-    assert held.with_floor(9.0).rank == 1
+    assert held.with_gain(-0.5).rank == 1
+    assert held.with_gain(0.25 * math.log(2)).bits == pytest.approx(125)  # of the gain alone, on whatever rows that was measured
+    assert held.with_gain(9.0).floor == 0.0
     generator = torch.Generator().manual_seed(0)
     unlike = [torch.randint(0, 40000, (30,), generator=generator).tolist() for _ in range(200)]
     assert new_share([unlike[0]] * 200) < 0.2 < 0.75 < new_share(unlike)
+
+
+def test_a_row_that_is_there_twice_counts_once() -> None:
+    """Two rows with the same answer to other prompts are two rows."""
+    generator = torch.Generator().manual_seed(0)
+    unlike = [torch.randint(0, 40000, (30,), generator=generator).tolist() for _ in range(20)]
+    made = [Example(row, [-100] * 10 + row[10:], number) for number, row in enumerate(unlike * 100)]
+    assert counted(made) == (40_000, pytest.approx(0.01)) and counted(made[:20]) == (400, 1.0)
+    answers = [Example([number, 7, 8], [-100, 7, 8], number) for number in range(40)]
+    assert counted(answers) == (80, 1.0) and without_repeats(made) == made[:20]
+
+
+def test_the_rank_that_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 state is counted on the tensors of each rank: at rank 1 they are too small for it; a GPU's own memory caps it there."""
+    config = load_config(None, ["optim.state=int8", "data=rows.jsonl"])
+    sides = [1024] * 10
+    assert training_bytes(config, sides) == 16 * 10240 and training_bytes(config, [64 * side for side in sides]) < 10.1 * 64 * 10240
+    assert largest_rank(config, sides, 64 * 16 * 10240) == 64
+    assert largest_rank(config, sides, 64 * 10240 * 11) == 64 and largest_rank(config, sides, 64 * 10240 * 10) == 32
+    assert largest_rank(config, sides, 10) == 1 and largest_rank(config, sides, 2**50) == MOST
+    assert 0 < free_bytes(torch.device("cpu")) < 2**50
+    for name, value in (("mem_get_info", (1000, 5000)), ("memory_reserved", 700), ("memory_allocated", 300)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_bytes(torch.device("cuda")) == 1400
+
+
+def test_a_rank_that_only_the_standard_error_makes_enough_says_so() -> None:
+    """From the probe's own points; within the tolerance, or where nothing is known of it, no such words."""
+    told = [(0.03, 0.04), (0.009, 0.04), (0.0, 0.0)]
+    for gap, error in told:
+        probe = replace(probe_of(4), points={4: Point(4, 1.1, None, 1.0 + gap, gap, error), 8: Point(8, 1.0, None, 1.0, 0.0, 0.0)})
+        found = Recommendation(decide(None, None, probe, planned_steps=30), (), None, None, probe, {}, 32.0, False, 30, "rows", 1.0)
+        noisy = [line for line in recommendation_dict(found)["reasons"] if "standard error" in line]
+        assert bool(noisy) is (gap > probe.tolerance)
+        assert ("because the standard error of that is 0.0400" in " ".join(recommendation_text(found).split())) is bool(noisy)
+    assert reasons_of(replace(found, probe=probe_of(4))) == list(found.decision.reasons)
 
 
 def probe_of(needed: int, steps: int = 30) -> Probe:
@@ -238,6 +277,9 @@ def test_every_stage_alone_and_all(stages: str, world: tuple[Path, Path]) -> Non
         assert (one["loss_estimate"] is not None) <= ("probe" in names)
         assert (one["seconds_per_step_estimate"] is None) == (stages == "capacity")
     assert bool(found["lora"]["ranks"]) <= ("gradient" in names)
+    if {"capacity", "probe"} <= set(names):
+        held, probe = found["capacity"], found["probe"]
+        assert held["base_loss"] - held["floor"] == pytest.approx(max(0.0, probe["base_loss"] - probe["loss"]))
 
 
 def test_the_text_and_the_settings_to_paste(world: tuple[Path, Path], tmp_path: Path) -> None:
