@@ -2,6 +2,8 @@
 
     weight error   |W - Wq|^2 / |W|^2                    of the packed weight alone
     output error   |(W - Wq) x|^2 / |W x|^2              over calibration rows that were not fitted: plain, calibrated, with the start
+
+The rows that judge are also those that decided what is kept (layer.py), so the errors after it are slightly optimistic.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,9 +50,14 @@ class Quality:
         }  # fmt: skip
 
     def means(self) -> dict[str, float]:
-        """Each error as the mean over the layers that have it, and the bits over all weights together."""
-        keys = ("weight_error_plain", "weight_error", "output_error_plain", "output_error", "output_error_with_start")
+        """Each error as the mean over all layers that tokens reached, and the bits over all weights together.
+
+        With the start, a layer that has none counts as it is without.
+        """
+        keys = ("weight_error_plain", "weight_error", "output_error_plain", "output_error")
         found = {key: [value for layer in self.layers if (value := getattr(layer, key)) is not None] for key in keys}
+        if any(layer.output_error_with_start is not None for layer in self.layers):
+            found["output_error_with_start"] = [_last(layer) for layer in self.layers if layer.output_error is not None]
         means = {key: sum(values) / len(values) for key, values in found.items() if values}
         weights = sum(layer.weights for layer in self.layers)
         return means | {"bits_per_parameter": sum(layer.bits * layer.weights for layer in self.layers) / max(1, weights)}
@@ -63,10 +70,12 @@ class Quality:
             f"layers: {', '.join(f'{count} {kind}' for kind, count in counts.items())}; {means['bits_per_parameter']:.3f} bits a parameter",
         ]
         if "output_error" in means:
-            after = f", with the start of rank {self.rank} {percent_text(means['output_error_with_start'])}" if self.rank else ""
+            started = means.get("output_error_with_start")
+            after = "" if started is None else f", with the start of rank {self.rank} {percent_text(started)}"
             lines += [
                 f"mean squared error of the outputs, checking rows: plain {percent_text(means['output_error_plain'])}, "
                 f"calibrated {percent_text(means['output_error'])}{after}",
+                "  (means over the same layers; these rows also decided what is kept, so all but the first are slightly optimistic)",
                 f"mean squared error of the weights: plain {percent_text(means['weight_error_plain'])}, "
                 f"calibrated {percent_text(means['weight_error'])}",
                 "largest error of an output:",
@@ -88,4 +97,3 @@ def _last(layer: LayerQuality) -> float:
     """The output error of the layer as it will be used."""
     found = layer.output_error if layer.output_error_with_start is None else layer.output_error_with_start
     return found or 0.0
-

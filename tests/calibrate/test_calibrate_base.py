@@ -15,6 +15,7 @@ from halfbyte.calibrate import layer as layer_module
 from halfbyte.calibrate.base import LEAST_TOKENS, Calibration, calibrate, choose_rows, write_base
 from halfbyte.calibrate.layer import Update, calibrate_layer
 from halfbyte.calibrate.moments import Moments, Seen
+from halfbyte.calibrate.quality import LayerQuality, Quality
 from halfbyte.config import LoraConfig, ModelConfig, QuantConfig
 from halfbyte.errors import ConfigError, DataError, HalfbyteError, ModelError, NumericError, StorageError
 from halfbyte.lora.inject import updates
@@ -132,6 +133,20 @@ def test_a_start_that_is_worse_on_the_checking_rows_is_not_kept(monkeypatch: pyt
     monkeypatch.setattr(layer_module, "factors_on", against)
     left = calibrate_layer("a", weight, seen, NF4, update)
     assert left.factors is None and left.quality.output_error_with_start == left.quality.output_error
+
+
+def test_means_are_over_the_same_layers() -> None:
+    """A start for one layer of two: the other counts as it is; without any start there is no such mean, and the text says who judged."""
+    errors = {"weight_error_plain": 0.2, "weight_error": 0.1, "output_error_plain": 0.4}
+    layers = (
+        LayerQuality("a", "calibrated", 10, 4.5, **errors, output_error=0.2, output_error_with_start=0.1),
+        LayerQuality("b", "calibrated", 10, 4.5, **errors, output_error=0.3), LayerQuality("c", "plain: no token", 10, 4.5),
+    )  # fmt: skip
+    found = Quality(layers, 20, 1000, 200, 4)
+    assert found.means()["output_error"] == pytest.approx(0.25) and found.means()["output_error_with_start"] == pytest.approx(0.2)
+    assert "with the start of rank 4 20.00 %" in found.text() and "decided what is kept" in found.text()
+    alone = Quality(layers[1:], 20, 1000, 200, 4)
+    assert "output_error_with_start" not in alone.means() and "with the start" not in alone.text()
 
 
 @pytest.mark.parametrize("weights,inputs", [(3e38, 1.0), (1.0, 1e20)])

@@ -96,6 +96,12 @@ MUTANTS = [
         _TEST_TRAIN + "test_merge_generate_and_a_moved_run_use_the_base",
     ),
     Mutant(
+        "T0", "the mean with the start is over other layers than the one without", "halfbyte/calibrate/quality.py",
+        "[_last(layer) for layer in self.layers if layer.output_error is not None]",
+        "[_last(layer) for layer in self.layers if layer.output_error_with_start is not None]",
+        _TEST_BASE + "test_means_are_over_the_same_layers",
+    ),
+    Mutant(
         "T0", "scales are judged on the rows they were fitted to", "halfbyte/calibrate/layer.py",
         "plain_error, error = seen.check.error(plain_gap) / energy, seen.check.error(gap) / energy",
         "plain_error, error = seen.fit.error(plain_gap) / energy, seen.fit.error(gap) / energy",
