@@ -7,7 +7,8 @@
     judged    general text before and after, task score        judged/<setting>/seed-<n>.json
     result    comparison.json, .csv, .txt, .html
 
-A seed changes the order of the rows and the start of the adapter, not which rows.  Every stage leaves its outcome as a file that is there
+A seed changes the order of the rows and, where that is drawn, the start of the adapter; not which rows.  A start that is computed (of a
+calibrated base, pissa, loftq) is the same for all seeds.  Every stage leaves its outcome as a file that is there
 whole or not at all; a study that was killed and started again repeats only what had not ended, and because training repeats to the bit its
 table is that of an uninterrupted one, times and peak memory apart.  The last weights are judged, not the best ones: settings are compared
 after the same steps.
@@ -24,6 +25,7 @@ from halfbyte.config import RunConfig
 from halfbyte.errors import ConfigError, DataError, DoesNotFitError, NumericError
 from halfbyte.studies import base, learning_rate, rows
 from halfbyte.studies.arms import Arm
+from halfbyte.studies.identity import digests_of, models_of
 from halfbyte.studies.runs import Folder, Say, call, failure, opened, read_json, require_same, train, write_json
 from halfbyte.units import seconds_text
 
@@ -62,8 +64,9 @@ class Study:
         values = {key: value for key, value in asdict(self).items() if key not in ("arms", "jobs")}
         values["score"] = asdict(self.score) if self.score else None
         settings = {arm.name: arm.config.model_dump(mode="json", exclude={"out"}) for arm in self.arms}
-        files = rows.digests_of(self.general, *(arm.config.model.template for arm in self.arms))
-        return {**values, "settings": settings, "files": files, "versions": devices.versions()}
+        files = digests_of(self.general, *(arm.config.model.template for arm in self.arms))
+        models = models_of(*(arm.config.model.name for arm in self.arms))
+        return {**values, "settings": settings, "files": files, "models": models, "versions": devices.versions()}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 | value                          | over the seeds                                                                   |
 |--------------------------------|----------------------------------------------------------------------------------|
 | held-out loss, general text    | mean and sample standard deviation                                               |
+| held-out loss against the      | ratio of the means - 1; half width of the 95 % interval of seed against the same |
+| reference                      | seed, which leaves out what a seed does to both                                  |
 | task score                     | mean and half width of its 95 % confidence interval (Student's t)                |
 | time, tokens per second        | mean                                                                             |
 | peak memory                    | largest                                                                          |
@@ -22,6 +24,8 @@ from halfbyte.units import loss_is_per
 
 FORMAT = "halfbyte comparison 1"
 REFERENCE, TARGET = "full", "qlora"
+DRAWN = ("default", "gaussian")
+"""Values of lora.init whose factors are drawn with the seed; the others are computed from the weights, or read."""
 TIMED = ("seconds", "tokens_per_second", "peak_memory_bytes", "preparation_seconds", "preparation_peak_memory_bytes", "machine")
 """What differs between two equal studies."""
 
@@ -88,7 +92,7 @@ def _arm(one: Outcome, reference: Outcome | None, target: Outcome | None) -> dic
     return {
         "name": one.arm.name, "method": one.arm.config.method, "own": one.arm.own, "status": one.status, "error": one.error,
         "values": values, "sweep": one.sweep, "curve": mean_curve([run["curve"] for run in one.runs]) if values else [],
-        "seeds": [_seed(run, judged) for run, judged in zip(one.runs, one.judged)],
+        "shared_start": _shares_start(one), "seeds": [_seed(run, judged) for run, judged in zip(one.runs, one.judged)],
     }  # fmt: skip
 
 
@@ -113,13 +117,27 @@ def _values(one: Outcome, reference: Outcome | None, target: Outcome | None) -> 
         "preparation_seconds": one.base["seconds"] if one.base else None,
         "preparation_peak_memory_bytes": one.base["peak_memory_bytes"] if one.base else None,
         "eval_loss": mean(losses), "eval_loss_spread": spread(losses),
-        "against_reference": mean(losses) / mean([run["last_eval_loss"] for run in reference.runs]) - 1 if reference else None,
+        **_against(losses, [run["last_eval_loss"] for run in reference.runs] if reference and reference is not one else None),
         "score": mean(scores) if scores else None, "score_interval": interval(scores),
         "adapter_bytes": first.get("adapter_bytes"), "model_bytes": first.get("model_bytes"),
         "general_before": before, "general_after": mean(general) if general else None, "general_spread": spread(general),
         "forgotten": mean(general) - before if general and before is not None else None,
         "steps_to_target": reached, "steps_to_target_share": None if reached is None else reached / first["steps"],
     }  # fmt: skip
+
+
+def _against(losses: Sequence[float], others: Sequence[float] | None) -> dict[str, float | None]:
+    """The held-out loss over the reference's (share), and the half width of its interval; the reference itself has none."""
+    if others is None:
+        return {"against_reference": 0.0, "against_reference_interval": None}
+    shares = [own / other - 1 for own, other in zip(losses, others, strict=True)]
+    return {"against_reference": mean(losses) / mean(others) - 1, "against_reference_interval": interval(shares)}
+
+
+def _shares_start(one: Outcome) -> bool:
+    """Whether the adapter of every seed begins with the same numbers, so that a seed changes the order of the rows alone."""
+    init = one.base["init"] if one.base else one.arm.config.lora.init
+    return one.arm.config.method != "full" and init not in DRAWN
 
 
 def _reached(one: Outcome, target: Outcome | None) -> float | None:

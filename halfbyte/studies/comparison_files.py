@@ -57,6 +57,8 @@ MEASURES: tuple[Measure, ...] = (
             (("held_out_loss_nats_per_token", "eval_loss"), ("held_out_loss_standard_deviation", "eval_loss_spread"))),
     _one("held-out loss against {reference}", "against_reference", "held_out_loss_against_reference",
          lambda value: f"{100 * value:+.2f} %"),
+    _one("95 % interval of that, seed against the same seed", "against_reference_interval",
+         "held_out_loss_against_reference_95_percent_half_width", lambda value: f"± {100 * value:.2f} %"),
     Measure("task score, {score}, mean ± 95 % interval", "score", lambda v: _with(v, "score", "score_interval", 3),
             (("task_score", "score"), ("task_score_95_percent_half_width", "score_interval"))),
     Measure("what is delivered, on disk", "delivered", lambda v: bytes_text(v["delivered"]), (("delivered_bytes", "delivered"),)),
@@ -131,7 +133,7 @@ def setting_lines(comparison: Values) -> list[tuple[str, str]]:
         ("packing", f"packed into {at['max_tokens']:,} tokens" if at["packing"] else "not packed"),
     ) if at[key] is not None]  # fmt: skip
     found.append(("training", ", ".join([*words, *(["otherwise as each setting says"] if len(words) < 3 else [])])))
-    found.append(("seeds", f"{len(seeds)} ({', '.join(map(str, seeds))}): order of the rows and start of the adapter, not which rows"))
+    found.append(("seeds", f"{len(seeds)} ({', '.join(map(str, seeds))}): order of the rows{_start_words(comparison)}, not which rows"))
     found.append(("learning rates", _sweep_words(at)))
     if at["general_text"]:
         found.append(("general text", f"{at['general_text']}; before is where this setting's training began"))
@@ -140,6 +142,15 @@ def setting_lines(comparison: Values) -> list[tuple[str, str]]:
                       + (f", {at['jobs']} runs side by side: times disturb each other" if at["jobs"] > 1 else "")))  # fmt: skip
     found.append(("versions", ", ".join(f"{name} {version}" for name, version in at["versions"].items())))
     return found
+
+
+def _start_words(comparison: Values) -> str:
+    """What a seed changes beside the order of the rows, and for whom it does not."""
+    adapted = [arm for arm in comparison["arms"] if arm["method"] != "full"]
+    shared = [arm["name"] for arm in adapted if arm.get("shared_start", arm["values"].get("preparation_seconds") is not None)]
+    if len(shared) == len(adapted):
+        return " alone"
+    return " and start of the adapter" + (f" (of {', '.join(shared)} the order alone: one start for all seeds)" if shared else "")
 
 
 def _own_words(own: Values) -> str:

@@ -1,9 +1,11 @@
 """The learning rate for a setting, found by three to five short runs instead of believed.
 
     rates    the default x 0.3, x 1, x 3 (halfbyte/train/resolve.py has the defaults: full fine-tuning a tenth of the adapters')
-    a point is out when it diverged, when a lower rate is unstable, or when it is worse than its lower neighbour
-    chosen   the lowest held-out loss of those left; equal losses give the higher rate
-    edge     when the chosen rate is the highest or the lowest tried, one more beyond it (x 3, or / 3), five points at most
+    unstable   a point that diverged: it is out, and so is every rate above it
+    no better  a point that ended above the loss it began with, or above its lower neighbour's: it alone is out
+    chosen     the lowest held-out loss of those left; equal losses give the higher rate
+    edge       when the chosen rate is the highest or the lowest tried, one more beyond it (x 3, or / 3), five points at most;
+               when none is better, one more above where none moved the loss by more than STILL, else one more below
 
 Every point trains on the same rows in the same order from the same start for one pass, with its own whole schedule, and is judged by rows
 that were not trained on.  A short run likes a somewhat higher rate than a long one.
@@ -22,7 +24,8 @@ from halfbyte import devices
 from halfbyte.config import RunConfig
 from halfbyte.errors import ConfigError, NumericError
 from halfbyte.studies.base import shared
-from halfbyte.studies.rows import digests_of, prepare
+from halfbyte.studies.identity import digests_of, models_of
+from halfbyte.studies.rows import prepare
 from halfbyte.studies.runs import (
     DIVERGED,
     DOES_NOT_FIT,
@@ -41,6 +44,8 @@ FACTORS = (0.3, 3.0)
 MOST_POINTS, STEP = 5, 3.0
 HIGHEST = 1.0
 """The largest learning rate that settings allow."""
+STILL = 0.005
+"""A loss within this share of where it began has not moved: the rate is too low to show anything."""
 EVAL_AT_END = 10**6
 
 
@@ -55,8 +60,13 @@ class Point:
 
     @property
     def stable(self) -> bool:
-        """It ended with a finite loss that is not above the one it began with."""
-        return self.after is not None and math.isfinite(self.after) and self.after <= self.before
+        """It ended with a finite loss."""
+        return self.after is not None and math.isfinite(self.after)
+
+    @property
+    def still(self) -> bool:
+        """It is stable and its loss has hardly moved."""
+        return self.stable and abs(_loss(self) - self.before) <= STILL * self.before
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ def line_titles(per: str) -> list[str]:
 
 
 def judge(points: Sequence[Point]) -> tuple[list[str], Point | None]:
-    """Why each point (in order of rate) is in or out, and the chosen one; None where none is stable.
+    """Why each point (in order of rate) is in or out, and the chosen one; None where none is stable and better than before.
 
     >>> judge([Point(0.1, 3.0, 2.5), Point(0.3, 3.0, 2.0), Point(1.0, 3.0, 2.2)])[0]
     ['stable, not the lowest', 'chosen: the lowest held-out loss', 'out: worse than its lower neighbour 0.3']
@@ -98,9 +108,11 @@ def judge(points: Sequence[Point]) -> tuple[list[str], Point | None]:
     for number, point in enumerate(points):
         below = points[number - 1] if number else None
         if not point.stable:
-            reasons.append("out: diverged" if point.after is None else "out: worse than before the training")
-        elif below is not None and not all(other.stable for other in points[:number]):
+            reasons.append("out: diverged")
+        elif not all(other.stable for other in points[:number]):
             reasons.append("out: a lower rate is unstable")
+        elif _loss(point) > point.before:
+            reasons.append("out: worse than before the training")
         elif below is not None and _loss(point) > _loss(below):
             reasons.append(f"out: worse than its lower neighbour {below.rate:.3g}")
         else:
@@ -115,12 +127,16 @@ def judge(points: Sequence[Point]) -> tuple[list[str], Point | None]:
 def next_rate(points: Sequence[Point]) -> float | None:
     """The rate beyond the edge that is still to be tried, None where the chosen one has neighbours or enough was tried.
 
+    Where none is better than before, rates that hardly moved the loss are too low, and any others too high.
+
     >>> next_rate([Point(0.01, 3.0, 2.5), Point(0.03, 3.0, 2.0)]), next_rate([Point(0.1, 3.0, 2.0), Point(0.3, 3.0, 2.1)])
     (0.09, 0.0333)
     """
     if len(points) >= MOST_POINTS:
         return None
     best = judge(points)[1]
+    if best is None and all(point.still for point in points):
+        best = points[-1]
     if best is None or best is points[0]:
         return _rounded(points[0].rate / STEP)
     return _rounded(points[-1].rate * STEP) if best is points[-1] and points[-1].rate * STEP <= HIGHEST else None
@@ -153,7 +169,7 @@ def find(folder: Folder, name: str, config: RunConfig, *, rows: Path, count: int
     """Run the points that are not there yet, in `<folder>/<name>/x<factor>`, and choose; `config` is the setting without its rate.
 
     rows, count, held_out   the files of the short runs, and the number of rows to train on
-    Raises NumericError where no rate is stable, DoesNotFitError where the first point does not fit, and whatever else stops a run.
+    Raises NumericError where no rate makes it better, DoesNotFitError where the first point does not fit, and whatever else stops a run.
     """
     outcomes: dict[float, dict[str, Any]] = {}
     rates: dict[float, float] = {}
@@ -176,9 +192,10 @@ def find(folder: Folder, name: str, config: RunConfig, *, rows: Path, count: int
     reasons, best = judge(points)
     if best is None:
         raise NumericError(
-            "a setting needs a learning rate that does not diverge", code="E-NUM-411", place=name,
+            "a setting needs a learning rate that makes it better", code="E-NUM-411", place=name,
             found="; ".join(f"{point.rate:.3g} {reason}" for point, reason in zip(points, reasons)),
-            expected="a held-out loss below the one before the training", remedy="give a lower optim.learning_rate to begin the sweep at",
+            expected="a held-out loss not above the one before the training",
+            remedy=f"give a {'higher' if all(point.still for point in points) else 'lower'} optim.learning_rate to begin the sweep at",
         )  # fmt: skip
     return Found(points, reasons, best.rate, count, max(outcome.get("steps", 0) for outcome in outcomes.values()))
 
@@ -203,7 +220,7 @@ def alone(config: RunConfig, path: Path, sweep_rows: int, say: Say) -> Found:
                           nothing_done="Nothing was trained.")  # fmt: skip
     with opened(path, say) as folder:
         now = {"settings": config.model_dump(mode="json", exclude={"out"}), "rows": sweep_rows, "versions": devices.versions(),
-               "files": digests_of(config.model.template)}  # fmt: skip
+               "files": digests_of(config.model.template), "models": models_of(config.model.name)}  # fmt: skip
         require_same(folder.path / "study.json", now)
         found = prepare(folder.path, config, sweep_rows=sweep_rows)
         place = folder.path / "rows"

@@ -74,19 +74,6 @@ def prepare(folder: Path, config: RunConfig, *, sweep_rows: int) -> dict[str, An
     return found
 
 
-def digests_of(*paths: str | None) -> dict[str, str]:
-    """{path: sha256} of the files and folders among them: what a study reads from them must not change under it."""
-    found = {}
-    for path in sorted({path for path in paths if path}):
-        place, digest = Path(path).expanduser(), hashlib.sha256()
-        files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
-        for file in files:
-            digest.update(file.read_bytes())
-        if files:
-            found[path] = digest.hexdigest()
-    return found
-
-
 def require_judgeable(folder: Path, config: RunConfig, general: Path | None, *, prompts: bool) -> None:
     """Raise DataError now for what only the judging after all runs would find: general text that cannot be read, rows without prompts."""
     if general is not None:

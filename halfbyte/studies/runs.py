@@ -47,6 +47,8 @@ KEPT = (
 )  # fmt: skip
 PARTS = ("rows", "bases", "sweep", "points", "runs", "judged")
 """What the stages of a study leave in its folder."""
+NOTED_LATER = ("models",)
+"""Parts of a study's description that studies of earlier versions lack."""
 BEGUN = "--- halfbyte study: "
 """Begins what one process says in a log that several share."""
 Say = Callable[[str], None]
@@ -125,9 +127,10 @@ def require_same(path: Path, now: dict[str, Any]) -> None:
     """The study described by `now` begins, or goes on, where `path` describes one.
 
     Where that is another one: it is replaced, with a base that it made, if none of its runs took a step, for a first command that was
-    refused leaves little worth keeping; otherwise CheckpointError.
+    refused leaves little worth keeping; otherwise CheckpointError.  What an older study did not note (NOTED_LATER) is as it is now.
     """
-    before = read_json(path)
+    stored = read_json(path)
+    before = None if stored is None else {**{key: now[key] for key in NOTED_LATER if key in now}, **stored}
     if before is not None and before != now and set(now) == set(before) and not _has_stepped(path.parent):
         for part in PARTS:
             shutil.rmtree(path.parent / part, ignore_errors=True)
@@ -136,13 +139,16 @@ def require_same(path: Path, now: dict[str, Any]) -> None:
         write_json(path, now)
     elif before != now:
         keys = [key for key in sorted(set(before) | set(now)) if before.get(key) != now.get(key)]
-        inner, fresh = before.get("settings", {}), now["settings"]
-        keys += [f"settings.{name}" for name in {**inner, **fresh} if inner.get(name) != fresh.get(name)]
+        for key in ("settings", "models"):
+            inner, fresh = before.get(key, {}), now.get(key, {})
+            keys += [f"{key}.{name}" for name in {**inner, **fresh} if inner.get(name) != fresh.get(name)]
         raise CheckpointError(
             "a study goes on only with the settings it began with", code="E-CKPT-412", place=str(path),
             found=f"other {', '.join(keys)}", remedy="name another folder with --out, or the same settings as before",
             nothing_done="Nothing was trained.",
         )  # fmt: skip
+    elif stored != now:
+        write_json(path, now)
 
 
 def _has_stepped(folder: Path) -> bool:

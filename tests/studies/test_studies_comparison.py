@@ -6,13 +6,16 @@ import json
 import math
 import re
 import statistics
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from halfbyte.config import load_config
 from halfbyte.pages import comparison_plots
 from halfbyte.studies import arms, comparison, comparison_files
+from halfbyte.studies.arms import Arm
 from halfbyte.studies.compare import Outcome
 from tests.pages.test_pages_report import ALLOWED_TAGS, HOSTILE
 from tests.studies import study_outcomes
@@ -34,7 +37,45 @@ def test_the_numbers_of_a_setting_over_its_seeds() -> None:
     assert full["general_before"] == 3.0 and full["general_after"] == pytest.approx(3.6) and full["forgotten"] == pytest.approx(0.6)
     assert qlora["peak_memory_bytes"] == 2**30 + 2  # the largest, not the mean
     assert qlora["against_reference"] == pytest.approx(0.2) and full["against_reference"] == 0.0
+    shares = [2.4 / other - 1 for other in (1.9, 2.0, 2.1)]
+    assert qlora["against_reference_interval"] == pytest.approx(4.303 * statistics.stdev(shares) / math.sqrt(3))
+    assert full["against_reference_interval"] is None
     assert made["reference"] == "full" and made["target"] == "qlora"
+
+
+def test_what_a_seed_does_to_both_is_no_doubt_about_their_difference() -> None:
+    """The runs are paired: with the same distance in every seed the interval is nothing, however far the seeds lie apart."""
+    one = results()
+    apart = outcome("apart", [run([3.0, 2.0, 1.1 * loss]) for loss in (1.9, 2.0, 2.1)], [judged(1.0, None)] * 3)
+    made = comparison.numbers(type(one)(one.study, one.rows, one.general, [*one.outcomes, apart]))
+    assert arm(made, "apart")["against_reference"] == pytest.approx(0.1) and arm(made, "apart")["eval_loss_spread"] > 0.1  # type: ignore[operator]
+    assert arm(made, "apart")["against_reference_interval"] == pytest.approx(0.0, abs=1e-9)
+    line = next(line for line in comparison_files.lines(made) if line[0].startswith("95 % interval of that"))
+    assert line[1] == "-" and line[-1] == "± 0.00 %" and line[3].startswith("± 14.9")
+    for each in made["arms"]:
+        each["values"].pop("against_reference_interval")  # as older comparisons are
+    assert not [line for line in comparison_files.lines(made) if line[0].startswith("95 % interval")]
+
+
+def test_what_a_seed_changes_is_said_for_each_setting() -> None:
+    """A start that is not drawn is the same for all seeds; a comparison of before knows it by its calibrated base."""
+    one = results()
+    assert "order of the rows and start of the adapter, not which rows" in comparison_files.text(comparison.numbers(one))
+    config = load_config(None, ["method=qlora", "lora.init=pissa", "data=rows.jsonl"])
+    fixed = replace(one.outcomes[2], arm=Arm("fixed", {}, config))
+    base = {"seconds": 9.0, "peak_memory_bytes": 1, "init": "calibrated"}
+    based = [replace(one.outcomes[2], base=base), replace(one.outcomes[2], base={**base, "init": "default"})]
+    assert [each["shared_start"] for each in comparison.numbers(replace(one, outcomes=based))["arms"]] == [True, False]
+    made = comparison.numbers(replace(one, outcomes=[*one.outcomes, fixed]))
+    assert [each["shared_start"] for each in made["arms"]] == [False, False, False, True]
+    told = "order of the rows and start of the adapter (of fixed the order alone: one start for all seeds), not which rows"
+    assert told in comparison_files.text(made)
+    del made["arms"][3]["shared_start"]
+    assert told not in comparison_files.text(made)
+    made["arms"][3]["values"]["preparation_seconds"] = 9.0
+    assert told in comparison_files.text(made)
+    made["arms"] = [made["arms"][0], made["arms"][3]]
+    assert "order of the rows alone, not which rows" in comparison_files.text(made)
 
 
 def test_steps_to_the_targets_loss_seed_against_the_same_seed() -> None:

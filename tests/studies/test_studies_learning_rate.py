@@ -37,10 +37,24 @@ def test_the_highest_stable_rate_is_the_one_with_the_lowest_loss() -> None:
 
 def test_what_lies_above_an_unstable_rate_is_out_though_its_loss_is_low() -> None:
     """A run that survived by luck at a rate above one that diverged is not stable."""
-    for broken in (None, math.nan, math.inf, 3.5):
+    for broken in (None, math.nan, math.inf):
         reasons, best = judge(points(2.5, broken, 1.0))
         assert best is not None and best.after == 2.5
-        assert reasons[2] == "out: a lower rate is unstable" and reasons[1].startswith("out: ")
+        assert reasons[1:] == ["out: diverged", "out: a lower rate is unstable"]
+
+
+def test_a_rate_that_is_no_better_rules_out_itself_alone() -> None:
+    """A rate too low to move the loss ends a hair above it; the rates above are as good as they are."""
+    reasons, best = judge(points(3.0001, 2.9, 2.5))
+    assert best is not None and best.after == 2.5
+    assert reasons == ["out: worse than before the training", "stable, not the lowest", "chosen: the lowest held-out loss"]
+    assert next_rate(points(3.0001, 2.9, 2.5)) == pytest.approx(3e-3)
+    assert chosen(2.5, 3.5, 1.0) == 1.0
+
+
+def test_where_none_is_better_the_next_rate_is_above_those_that_moved_nothing_and_below_the_others() -> None:
+    assert next_rate(points(3.0001, 3.0003, 3.0002)) == pytest.approx(3e-3)
+    assert next_rate(points(3.1, 3.5, 4.0)) == next_rate(points(3.0001, 3.0002, None)) == pytest.approx(1e-5 / 3, rel=1e-2)
 
 
 def test_no_stable_rate_is_no_choice() -> None:
