@@ -184,6 +184,7 @@ class ModelShape:
     """A model's sizes and all its weights; `sizes` holds every number by its word (queries, keys, inner, experts ...).
 
     packed  its files hold few bits a weight already
+    stored  (nf4, fp4 or int8; whether the scales are in 8 bits themselves), where bitsandbytes packed it; else ("", False)
     """
 
     model_type: str
@@ -194,6 +195,7 @@ class ModelShape:
     weights: tuple[Weight, ...]
     sizes: Mapping[str, int] = field(default_factory=dict)
     packed: bool = False
+    stored: tuple[str, bool] = ("", False)
 
     @classmethod
     def read(cls, folder: Path) -> "ModelShape":
@@ -235,7 +237,7 @@ class ModelShape:
             around = [weight for weight in around if weight.kind != "norm"]
         return cls(
             str(kind), sizes["hidden"], sizes["layers"], sizes["vocab"], sizes["positions"], (*around, *layer), sizes,
-            "quantization_config" in values,
+            "quantization_config" in values, _stored(values.get("quantization_config")),
         )  # fmt: skip
 
     @property
@@ -256,6 +258,16 @@ class ModelShape:
         """Parameters of an adapter: rank * (in + out) for each linear layer whose name ends in a target; experts are not counted."""
         chosen = self.linears if targets == "all-linear" else [w for w in self.linears if w.name.rpartition(".")[2] in targets]
         return sum(rank * (weight.size[0] + weight.size[1]) for weight in chosen)
+
+
+def _stored(block: object) -> tuple[str, bool]:
+    """What a config's quantization_config says, in the words of quant.format; its storage is read for good by models/packed_folder.py."""
+    if not isinstance(block, Mapping) or block.get("quant_method") != "bitsandbytes":
+        return "", False
+    if block.get("load_in_8bit"):
+        return "int8", False
+    kind = block.get("bnb_4bit_quant_type", "fp4")
+    return (str(kind) if kind in ("nf4", "fp4") else "", bool(block.get("bnb_4bit_use_double_quant")))
 
 
 def _whole(values: Mapping[str, Any], key: str, place: str) -> int:
@@ -290,6 +302,7 @@ def _sizes(values: Mapping[str, Any], family: Family, place: str) -> dict[str, i
     sizes["twice_expert"] = 2 * sizes.get("expert", 0)
     dropped = values.get("attn_pdrop", 0.1 if kind == "gpt2" else values.get("attention_dropout", 0.0))
     sizes["attention_dropout"] = int(bool(dropped))
+    sizes["softcap"] = int(bool(values.get("attn_logit_softcapping", kind == "gemma2")))
     if "experts" in sizes:
         used = values.get("num_experts_per_tok") or _USED_UNSAID.get(kind, 2)
         sizes["experts_per_token"] = min(_whole({"num_experts_per_tok": used}, "num_experts_per_tok", place), sizes["experts"])

@@ -12,6 +12,7 @@ Sources: the rules are PEFT's, https://huggingface.co/docs/peft/package_referenc
 
 import re
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 
 from halfbyte.errors import TargetError
 
@@ -38,6 +39,16 @@ def matches(pattern: str, name: str) -> bool:
     if PLAIN_NAME.fullmatch(pattern):
         return name == pattern or name.endswith("." + pattern)
     return compiled(pattern).fullmatch(name) is not None
+
+
+def skips(pattern: str, name: str) -> bool:
+    """Whether a pattern of quant.skip means this layer: whole dotted parts, or a * pattern on the full name; "gate" is not "gate_proj".
+
+    >>> layer = "model.layers.0.mlp.gate_proj"
+    >>> skips("mlp", layer), skips("gate", layer), skips("*.gate_proj", layer)
+    (True, False, True)
+    """
+    return fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
 
 
 def first_match(patterns: Iterable[str], name: str) -> str | None:

@@ -48,8 +48,10 @@ def choose_dtype(dtype: str = "auto") -> tuple[torch.dtype, str]:
                 expected="auto, float32, bfloat16",
             )  # fmt: skip
         return DTYPES[dtype], "asked for"
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
-        return torch.bfloat16, "the GPU computes bfloat16"
+    if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU multiplies bfloat16 natively"
+        return torch.float32, "this GPU has no native bfloat16"
     native = host.native_bf16()
     if native:
         return torch.bfloat16, f"this processor multiplies bfloat16 natively ({native})"

@@ -14,7 +14,6 @@ Sources: https://huggingface.co/docs/transformers/main/en/quantization/contribut
 import inspect
 import re
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
@@ -26,6 +25,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from halfbyte import surgery
+from halfbyte.config.patterns import skips
 from halfbyte.errors import HalfbyteError, ModelError, WeightError, nearest
 from halfbyte.formats import bnb4bit
 from halfbyte.quant import blockwise
@@ -271,7 +271,7 @@ def layers_to_quantize(model: nn.Module, skip: Sequence[str] = (), quantize_head
     found = {name: module for name, module in model.named_modules() if type(module) is nn.Linear or is_conv1d(module) or is_experts(module)}
     left = {name: reason for name, module in found.items() if (reason := reason_to_leave(model, name, module, quantize_head))}
     for pattern in skip:
-        named = [name for name in found if matches(name, pattern)]
+        named = [name for name in found if skips(pattern, name)]
         if not named:
             raise ModelError(
                 "each pattern of quant.skip must match a layer", code="E-MODEL-041", place="quant.skip", found=repr(pattern),
@@ -280,15 +280,6 @@ def layers_to_quantize(model: nn.Module, skip: Sequence[str] = (), quantize_head
             )  # fmt: skip
         left.update(dict.fromkeys(named, "asked for"))
     return [name for name in found if name not in left]
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whole dotted parts, or a * pattern on the full name; "gate" is not "gate_proj".
-
-    >>> matches("model.layers.0.mlp.gate_proj", "mlp"), matches("model.layers.0.mlp.gate_proj", "gate"), matches("a.b.fc", "*.fc")
-    (True, False, True)
-    """
-    return fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
 
 
 def reason_to_leave(model: nn.Module, name: str, module: nn.Module, quantize_head: bool = False) -> str:

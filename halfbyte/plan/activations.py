@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
-from halfbyte.plan.setting import Setting, adapted
+from halfbyte.plan.setting import Setting, adapted, trained_biases
 from halfbyte.quant.storage_cost import WIDTHS
 from halfbyte.shape import ModelShape
 
@@ -41,11 +41,12 @@ ATTENTION = (
     Kept("1/rms of x", ("one",), 4),
     Kept("q", ("queries",)), Kept("k", ("keys",)), Kept("v", ("keys",)), Kept("o", ("queries",)),
     Kept("log sum of exponentials", ("heads",), 4),
-    Kept("normed x", ("hidden",), group="normed"),
+    Kept("normed x", ("hidden",), group="normed_x"),
     Kept("q and k before their norms", ("queries", "keys"), group="qk_norm"),
     Kept("1/rms of their heads", ("heads", "kv_heads"), 4, "qk_norm"),
 )  # fmt: skip
 SCORES = (Kept("scores, where attention has dropout", ("scores",) * 4, group="scores"),)  # then attention is not the fused one
+SPREAD = (Kept("keys and values of each query head", ("queries", "queries"), group="spread"),)  # float32 on a GPU knows no shared ones
 SANDWICH = (Kept("what attention adds", ("hidden",), group="sandwich"), Kept("what the MLP adds", ("hidden",), group="sandwich"))
 ANGLES = (Kept("sines and cosines of the positions", ("head_dim", "head_dim")),)  # once for all layers
 STREAM = (Kept("s", ("hidden",), group="stream"), Kept("1/rms of s", ("one",), 4, "stream"))
@@ -71,6 +72,7 @@ ADAPTERS = (
     Kept("dropped inputs", ("inputs",), group="dropout"), Kept("dropout masks", ("inputs",), 1, "dropout"),
     Kept("inputs in fp32", ("inputs",), 4, "dora"), Kept("updates in fp32", ("outputs",), 4, "dora"),
     Kept("results", ("outputs",), group="dora"),
+    Kept("inputs in the adapter's type", ("inputs",), 4, "cast_inputs"),
 )  # fmt: skip
 BACKWARD = {
     "mlp": (
@@ -83,7 +85,8 @@ BACKWARD = {
     ),
 }  # fmt: skip
 
-EXTRA = ("module", "normed", "qk_norm", "scores", "cast", "sandwich", "dropout", "dora")
+EXTRA = ("module", "normed", "normed_x", "qk_norm", "scores", "spread", "cast", "cast_inputs", "sandwich", "dropout", "dora")
+SCORES_AT_ONCE = 6  # s, p, dp, ds and two temporaries in the backward pass of kernels/packed_attention/reference.py
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ POLICIES = {
 
 
 def mlp_kind(shape: ModelShape) -> str:
-    """"gated", "plain" or "experts": what stands behind attention."""
+    """ "gated", "plain" or "experts": what stands behind attention."""
     if "experts" in shape.sizes:
         return "experts"
     return "gated" if has(shape, "gate_proj", "gate_up_proj") else "plain"
@@ -126,7 +129,8 @@ def own_layers(shape: ModelShape) -> bool:
 
 def fused(shape: ModelShape, setting: Setting) -> bool:
     """Whether attention and MLP are one op each: plain frozen matrices with plain adapters, no norm after them."""
-    plain = setting.method != "full" and not setting.dropout and not setting.dora
+    plain = setting.method != "full" and not setting.dropout and not setting.dora and not setting.lora_bias
+    plain = plain and not any(weight.kind == "linear" and ".mlp." in weight.name for weight in trained_biases(shape, setting))
     return plain and mlp_kind(shape) == "gated" and not has(shape, "post_feedforward_layernorm")
 
 
@@ -144,7 +148,9 @@ def _words(shape: ModelShape, setting: Setting) -> dict[str, float]:
         "one": 1, "hidden": sizes["hidden"], "queries": sizes["queries"], "keys": sizes["keys"], "heads": sizes["heads"],
         "head_dim": sizes["head_dim"], "kv_heads": sizes["keys"] // sizes["head_dim"],
         "inner": used * sizes["expert"] if used else sizes["inner"], "visits": used * sizes["hidden"],
-        "ranks": sum(rank for _, rank in inside) / layers, "inputs": sum(weight.size[1] for weight, _ in inside) / layers,
+        "ranks": (2 if setting.init == "pissa" else 1) * sum(rank for _, rank in inside) / layers,
+        "inputs": sum(weight.size[1] for weight, _ in inside) / layers,
+        "widest": max((max(weight.size) for weight, _ in inside), default=0),
         "outputs": sum(weight.size[0] for weight, _ in inside) / layers,
     }  # fmt: skip
 
@@ -161,14 +167,18 @@ def bytes_per_token(rows: tuple[Kept, ...], sizes: dict[str, float], dtype: str)
 def rows_of(shape: ModelShape, setting: Setting, groups: tuple[str, ...]) -> tuple[Kept, ...]:
     """The rows of one layer that the groups keep under this setting."""
     plain = fused(shape, setting)
+    apart = not plain or any(weight.kind == "linear" for weight in trained_biases(shape, setting))
     inner = "inner" in groups or (not plain and "stream" in groups)  # only the gated block of own ops can leave gate and up out
     counted = {
-        "inner": inner, "module": not plain, "normed": not plain and has(shape, "input_layernorm"), "dropout": setting.dropout > 0,
-        "dora": setting.dora, "cast": setting.method != "full" and setting.lora_dtype != setting.dtype,
+        "inner": inner, "module": not plain, "normed": not plain and has(shape, "input_layernorm"),
+        "normed_x": apart and has(shape, "input_layernorm"), "dropout": setting.dropout > 0,
+        "dora": setting.dora, "cast_inputs": setting.lora_bias and not setting.dora and setting.lora_dtype != setting.dtype,
+        "spread": setting.device == "gpu" and setting.dtype == "float32" and shape.sizes["keys"] < shape.sizes["queries"],
+        "cast": setting.method != "full" and setting.lora_dtype != setting.dtype,
         "scores": bool(shape.sizes["attention_dropout"]), "qk_norm": has(shape, "self_attn.q_norm"),
         "sandwich": has(shape, "post_feedforward_layernorm"),
     }  # fmt: skip
-    table = (*ATTENTION, *SCORES, *SANDWICH, *MLPS[mlp_kind(shape)], *ADAPTERS)
+    table = (*ATTENTION, *SCORES, *SPREAD, *SANDWICH, *MLPS[mlp_kind(shape)], *ADAPTERS)
     return tuple(row for row in table if (row.group in groups or row.group == "inner") and counted.get(row.group, True))
 
 
@@ -176,7 +186,30 @@ def kept_bytes(shape: ModelShape, setting: Setting) -> int:
     """Bytes of all layers on the device between forward and backward of one micro-batch."""
     rows, sizes = rows_of(shape, setting, POLICIES[setting.policy].keeps), words(shape, setting)
     layer, once = bytes_per_token(rows, sizes, setting.dtype), bytes_per_token(ANGLES, sizes, setting.dtype)
-    return ceil(setting.batch_tokens * (shape.layers * layer + once))
+    joined = joined_bytes(shape, setting) if "attention" in POLICIES[setting.policy].keeps else 0
+    return ceil(setting.batch_tokens * (shape.layers * layer + once)) + joined
+
+
+@lru_cache(maxsize=64)
+def _linear_adapter_params(shape: ModelShape, setting: Setting) -> int:
+    return sum(rank * sum(weight.size[-2:]) for weight, rank in adapted(shape, setting) if weight.kind == "linear")
+
+
+def started_params(shape: ModelShape, setting: Setting) -> int:
+    """Elements of the factors that begin at a constant start which is taken off again (init pissa); 0 for every other init."""
+    return _linear_adapter_params(shape, setting.of_weights) if setting.init == "pissa" and setting.method != "full" else 0
+
+
+def joined_bytes(shape: ModelShape, setting: Setting) -> int:
+    """Factors laid together with their start, made in the forward pass and kept for the backward pass: 2 R rows each."""
+    return 2 * WIDTHS[setting.lora_dtype] * started_params(shape, setting)
+
+
+def scores_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What attention with a soft cap holds on a GPU, where the reference computes it: (heads, T, T) in fp32 of the longest sample."""
+    if setting.device != "gpu" or not shape.sizes["softcap"]:
+        return 0
+    return SCORES_AT_ONCE * 4 * shape.sizes["heads"] * setting.tokens**2
 
 
 def gap_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -190,7 +223,8 @@ def gap_bytes(shape: ModelShape, setting: Setting) -> int:
         return 0
     sizes, policy = words(shape, setting), POLICIES[setting.policy]
     rows = rows_of(shape, setting, policy.keeps or policy.host)
-    largest = max(sizes[word] * (row.width or WIDTHS[setting.dtype]) for row in rows for word in row.words)
+    one = {**sizes, "inputs": sizes["widest"], "outputs": sizes["widest"]}  # of what stands for several blocks, the widest
+    largest = max(one[word] * (row.width or WIDTHS[setting.dtype]) for row in rows for word in row.words)
     return ceil(shape.layers * setting.batch_tokens * largest)
 
 
@@ -207,4 +241,5 @@ def working_bytes(shape: ModelShape, setting: Setting) -> int:
     extra = bytes_per_token(tuple(again), sizes, setting.dtype)
     moving = 2 * bytes_per_token(ATTENTION[:1], sizes, setting.dtype) if POLICIES[setting.policy].host else 0.0
     largest = max(bytes_per_token(rows, sizes, setting.dtype) for rows in BACKWARD.values())
-    return ceil(setting.batch_tokens * (largest + extra + moving))
+    joined = 0 if "attention" in POLICIES[setting.policy].keeps else joined_bytes(shape, setting) // shape.layers
+    return ceil(setting.batch_tokens * (largest + extra + moving)) + joined

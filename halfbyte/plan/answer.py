@@ -13,9 +13,9 @@ from halfbyte.data.lengths import Lengths, lengths
 from halfbyte.errors import ConfigError
 from halfbyte.plan.activations import own_layers
 from halfbyte.plan.four_bits import advice
-from halfbyte.plan.hardware import PROCESSOR, Hardware
+from halfbyte.plan.hardware import PROCESSOR, Hardware, known_as
 from halfbyte.plan.rates import PEAKS, Rates, nearest_rates, read_all, widths_of
-from halfbyte.plan.search import FITS, NOT, TIGHT, Change, Option, best, first_change, options, order
+from halfbyte.plan.search import FITS, GLOBAL_BATCH_SIZE, NOT, TIGHT, Change, Option, best_of_each, first_change, options, order
 from halfbyte.plan.setting import METHODS, Setting, trained_params
 from halfbyte.plan.speed import Rows, seconds_of_step, work_of
 from halfbyte.shape import ModelShape
@@ -34,7 +34,7 @@ class Question:
     fixed: frozenset[str] = frozenset()
     methods: tuple[str, ...] = METHODS
     rows: Lengths | None = None
-    global_batch_size: int = 16
+    global_batch_size: int = GLOBAL_BATCH_SIZE
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ def shape_of(name: str) -> tuple[ModelShape, Path | None]:
 
 
 def compute_dtype(hardware: Hardware) -> str:
-    """bfloat16 where it is multiplied natively; on a processor without, float32."""
-    return "bfloat16" if hardware.kind == "gpu" or host.native_bf16() else "float32"
+    """bfloat16 where it is multiplied natively, elsewhere float32: what a run takes (models/load.py)."""
+    native = hardware.native_bf16 if hardware.kind == "gpu" else bool(host.native_bf16())
+    return "bfloat16" if native else "float32"
 
 
 def row_tokens(shape: ModelShape, asked: int | None, rows: Lengths | None) -> int:
@@ -89,7 +90,7 @@ def answer(question: Question) -> Answer:
     """Plan all methods that were asked for."""
     shape, hardware = question.shape, question.hardware
     tried = {name: options(shape, question.base.with_method(name), hardware, question.fixed) for name in question.methods}
-    found = {name: best(every) for name, every in tried.items()}
+    found = best_of_each(tried, hardware)
     ranking = order(found, hardware)
     changes = {method: first_change(shape, one, hardware) for method, one in found.items() if one.verdict == NOT}
     places = {method: place for place, (method, _) in enumerate(ranking)}
@@ -107,12 +108,17 @@ def kept_rows(question: Question) -> Rows | None:
     return Rows.of(lengths) if lengths else None
 
 
+def peak_of(hardware: Hardware) -> float | None:
+    """The published peak of a card by its name in the table or its driver's, operations per second; None where there is none."""
+    return PEAKS.get(known_as(hardware.name) or "") if hardware.kind == "gpu" else None
+
+
 def seconds_per_step(given: Answer, one: Option) -> float | None:
     """Estimated seconds of the mean optimizer step; None where this place is neither calibrated nor a card with a published peak."""
     question = given.question
     if given.rates is not None:
         return seconds_of_step(question.shape, one.setting, given.rates, question.global_batch_size, kept_rows(question))
-    peak = PEAKS.get(question.hardware.name)
+    peak = peak_of(question.hardware)
     if peak is None:
         return None
     work = work_of(question.shape, one.setting, kept_rows(question))
@@ -125,8 +131,9 @@ def time_source(given: Answer) -> str:
     if rates is not None:
         near = "" if rates.widths == widths_of(given.question.shape) else f" at the widths of another model ({rates.widths.hidden:,})"
         return f"estimate from the calibration of this machine on {rates.date}{near}"
-    if hardware.name in PEAKS:
-        return f"at the least: estimate from the published peak, {PEAKS[hardware.name] / 1e12:,.0f} TFLOP/s, of which runs reach a part"
+    peak = peak_of(hardware)
+    if peak is not None:
+        return f"at the least: estimate from the published peak, {peak / 1e12:,.0f} TFLOP/s, of which runs reach a part"
     return "not calibrated"
 
 
@@ -173,9 +180,9 @@ def _option(given: Answer, one: Option) -> dict[str, Any]:
     return {
         **_settings(one), "host_bytes": one.memory.host, "peak": one.memory.peak, "trained_params": trained_params(shape, one.setting),
         "terms": [asdict(term) | {"at_peak": term in one.memory.at(one.memory.peak)} for term in one.memory.terms],
-        "largest_term": one.memory.largest.name, "operations_per_micro_batch": work_of(shape, one.setting).total,
+        "largest_term": one.largest.name, "short_of": one.short or None, "operations_per_micro_batch": work_of(shape, one.setting).total,
         "seconds_per_step_estimate": seconds_per_step(given, one),
         "first_change": None if change is None else {
-            "change": change.text, "saves_bytes": change.saved, "then": change.option.verdict, "then_bytes": change.option.memory.total},
+            "change": change.text, "saves_bytes": change.saved, "then": change.option.verdict, "then_bytes": change.option.needed},
         "fits": one.verdict == FITS,
     }  # fmt: skip

@@ -1,6 +1,6 @@
 """The plan of a run: what was left `auto` is chosen, each with its reason, and what cannot fit is refused before a weight is loaded.
 
-    method                   lora where it fits with a fifth of the memory to spare, else qlora; full is never chosen for somebody
+    method                   lora where a setting fits with a fifth of the memory to spare, else qlora; full is never chosen for somebody
     data.max_tokens          with packing: the length of a row, the longest that fits and still takes every sample
     train.micro_batch_size   the largest divisor of the global batch that keeps to BATCH_TOKENS tokens and fits
     train.activations        the first policy that fits: keep, recompute_mlp, recompute, offload
@@ -19,7 +19,7 @@ from halfbyte.plan.activations import POLICIES, own_layers
 from halfbyte.plan.four_bits import advice
 from halfbyte.plan.hardware import Hardware
 from halfbyte.plan.rates import Rates
-from halfbyte.plan.search import BATCH_TOKENS, FITS, HEADROOM, NOT, TIGHT, Option, best, first_change, options
+from halfbyte.plan.search import BATCH_TOKENS, NOT, TIGHT, Option, best_of_each, divisors, first_change, needed_text, options, roomy
 from halfbyte.plan.setting import Setting
 from halfbyte.plan.speed import Rows, seconds_of_step, work_of
 from halfbyte.shape import ModelShape
@@ -77,16 +77,6 @@ class Decision:
         }  # fmt: skip
 
 
-def divisors(global_batch_size: int, tokens: int, most: int) -> list[int]:
-    """Micro-batches to try, largest first: divisors of the global batch with at most `most` tokens at once, and 1.
-
-    >>> divisors(16, 200, 1024), divisors(6, 5000, 1024)
-    ([4, 2, 1], [1])
-    """
-    sizes = [size for size in range(global_batch_size, 0, -1) if global_batch_size % size == 0]
-    return [size for size in sizes if size == 1 or size * tokens <= most]
-
-
 def row_lengths(config: RunConfig, rows: RowsSeen) -> list[int]:
     """Lengths of the longest row to plan for; more than one only where packing leaves it open.
 
@@ -129,15 +119,16 @@ def decide(config: RunConfig, shape: ModelShape, place: Hardware, rows: RowsSeen
     """The settings to train with; whether they fit says the decision's option.  Raises TargetError for targets that match nothing."""
     methods = AUTO_METHODS if config.method == "auto" else (config.method,)
     every = {method: tried(with_method(config, method), shape, place, rows, dtype) for method in methods}
-    found = {method: best(options) for method, options in every.items()}
-    method = _method(found, place) if config.method == "auto" else config.method
+    found = best_of_each(every, place)
+    room = None if config.method != "auto" else roomy(every["lora"], place)
+    method = config.method if config.method != "auto" else "qlora" if room is None else "lora"
     one, choices = found[method], []
     if config.method == "auto":
-        choices.append(Choice("method", method, _why_method(method, found["lora"], place)))
+        choices.append(Choice("method", method, _why_method(room, every["lora"], place)))
     if config.data.packing and config.data.max_tokens == "auto":
         choices.append(Choice("data.max_tokens", one.setting.tokens, _why_length(one.setting.tokens, rows)))
     if config.train.micro_batch_size == "auto":
-        choices.append(Choice("train.micro_batch_size", one.setting.micro_batch_size, _why_size(config, one, place)))
+        choices.append(Choice("train.micro_batch_size", one.setting.micro_batch_size, _why_size(config, one, place, room is not None)))
     if config.train.activations == "auto":
         choices.append(Choice("train.activations", one.setting.policy, _why_policy(one, every[method], place)))
     return Decision(applied(config, choices), tuple(choices), one, place, shape, rows)
@@ -181,16 +172,12 @@ def applied(config: RunConfig, choices: Sequence[Choice]) -> RunConfig:
     return config.model_copy(update=update)
 
 
-def _method(found: dict[str, Option], place: Hardware) -> str:
-    lora = found["lora"]
-    return "lora" if lora.verdict == FITS and lora.headroom(place) >= HEADROOM else "qlora"
-
-
-def _why_method(method: str, lora: Option, place: Hardware) -> str:
-    needed, there = bytes_text(lora.memory.total), bytes_text(place.memory_bytes)
-    if method == "lora":
-        return f"it needs {needed} of {there} (estimate), a fifth or more is left, and nothing is lost to 4 bits"
-    return f"lora would need {needed} of {there} (estimate), which does not leave a fifth"
+def _why_method(room: Option | None, lora: Sequence[Option], place: Hardware) -> str:
+    there = bytes_text(place.memory_bytes)
+    if room is not None:
+        return f"it needs {bytes_text(room.memory.total)} of {there} (estimate), a fifth or more is left, and nothing is lost to 4 bits"
+    least = min([one for one in lora if one.short != "host"] or lora, key=lambda one: one.memory.total)
+    return f"lora would need {bytes_text(least.memory.total)} of {there} at the least (estimate), which does not leave a fifth"
 
 
 def _why_length(tokens: int, rows: RowsSeen) -> str:
@@ -199,10 +186,10 @@ def _why_length(tokens: int, rows: RowsSeen) -> str:
     return f"packed rows of {rows.max_tokens:,} tokens do not fit, and the longest sample has {max(rows.lengths):,}"
 
 
-def _why_size(config: RunConfig, one: Option, place: Hardware) -> str:
+def _why_size(config: RunConfig, one: Option, place: Hardware, with_room: bool) -> str:
     size, most, tokens = one.setting.micro_batch_size, BATCH_TOKENS[place.kind], one.setting.tokens
     if size < divisors(config.train.global_batch_size, tokens, most)[0]:
-        return f"larger ones of {tokens:,} tokens a row do not fit (estimate)"
+        return f"larger ones of {tokens:,} tokens a row {'leave less than a fifth of the memory' if with_room else 'do not fit'} (estimate)"
     if size == config.train.global_batch_size:
         return f"the whole global batch; its longest row has {tokens:,} tokens"
     return f"the largest divisor of {config.train.global_batch_size} that keeps to {most:,} tokens at once, {tokens:,} in the longest row"
@@ -214,7 +201,7 @@ def _why_policy(one: Option, every: Sequence[Option], place: Hardware) -> str:
         return "what the backward pass needs fits, so nothing is computed twice"
     kept = min(other.memory.total for other in every if other.setting.policy == "keep")
     there = bytes_text(place.memory_bytes)
-    return f"keeping all needs {bytes_text(kept)} of {there} (estimate); {POLICIES[policy].cost}"
+    return f"keeping all needs {bytes_text(kept)} and {percent_text(place.margin)} to spare, of {there} (estimate); {POLICIES[policy].cost}"
 
 
 def require_room(decision: Decision) -> None:
@@ -222,19 +209,20 @@ def require_room(decision: Decision) -> None:
     one, place = decision.option, decision.place
     if one.verdict != NOT:
         return
-    term, change = one.memory.largest, first_change(decision.shape, one, place)
+    owner = "the host" if one.short == "host" else place.name
+    term, change = one.largest, first_change(decision.shape, one, place)
     remedy = "take a smaller model, or a machine with more memory"
     if change is not None:
-        then = bytes_text(change.option.memory.total)
+        then = needed_text(change.option)
         enough = f"the plan is {then} then" if change.option.verdict != NOT else f"that alone is not enough: {then} are needed then"
         remedy = f"{change.text}, which saves {bytes_text(change.saved)}; {enough}"
     raise DoesNotFitError(
         "a run must fit into memory before it starts", code="E-FIT-401",
         place=f"method {one.setting.method}, {one.setting.micro_batch_size} x {one.setting.tokens:,} tokens at once,"
         f" activations {one.setting.policy}",
-        found=f"{bytes_text(one.memory.total)} at the peak (estimate); the largest term is {term.name},"
+        found=f"{needed_text(one)} at the peak (estimate); the largest term is {term.name},"
         f" {bytes_text(term.bytes)}: {term.formula}",
-        expected=f"at most {bytes_text(place.memory_bytes)}, what is free on {place.name}", remedy=remedy,
+        expected=f"at most {bytes_text(one.there(place))}, what is free on {owner}", remedy=remedy,
         nothing_done="Nothing was loaded.",
     )  # fmt: skip
 

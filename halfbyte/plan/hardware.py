@@ -1,21 +1,29 @@
 """What a plan is made for: this machine, a card by its name, or a size.
 
-A card sold as 24 GB shows between 24 * 10^9 and 24 * 2^30 bytes, depending on error correction and what the driver keeps; the table and
-`--gpu-memory 24` mean the smaller, so that "fits" is not said wrongly.  A size with its unit (`22.5GiB`) is taken as it stands.
+A card sold as 24 GB shows up to 24 * 2^30 bytes to a program.  Most show more than 24 * 10^9, which is what the table and `--gpu-memory 24`
+mean; cards whose GDDR memory can keep error correction codes in itself (a sixteenth of it) show less, so the table has what a program
+is shown with them on.  So "fits" is not said wrongly.  A size with its unit (`22.5GiB`) is taken as it stands.
 
 The program itself takes memory before a model is loaded.  These are the only measured numbers of a memory plan: on the CPU the resident
 memory of a process that has trained a model of next to no size, less that model (torch 2.13, transformers 5.23, Linux: 553 MiB, which
 benchmarks/bench_memory.py measures); on a GPU the device context with its libraries, for which 0.6 GiB is an estimate, and 2 GiB of
 host memory, an estimate too.
-Sources of the sizes: the makers' data sheets.
+Sources of the sizes as sold and of bfloat16 (NVIDIA's from compute capability 8.0 on): the makers' data sheets; an MI250X is two devices of
+64 GB.  Of what programs are shown, messages of PyTorch: T4 14.56 GiB (https://github.com/Zheng-Chong/CatVTON/issues/133), A10 21.99
+(https://github.com/zai-org/CogVLM/issues/236), L40 44.40 (https://github.com/NVlabs/Eagle/issues/68), RTX 6000 Ada 44.43
+(https://github.com/DINGYANB/MTVCrafter/issues/21), L40S 44.53 (https://github.com/Wan-Video/Wan2.1/issues/205); other cards of such memory
+are taken alike.
 """
 
+import importlib.util
 import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
-from halfbyte import host
+from halfbyte import env, host
 from halfbyte.errors import ConfigError, nearest
 
 PROCESSOR = "this machine's processor"
@@ -24,24 +32,46 @@ PROGRAM_ON_HOST = 2 << 30
 MARGIN = {"cpu": 0.12, "gpu": 0.05}
 """A setting is said to fit only with this share to spare: on the CPU more than the largest shortfall measured (results/memory.json)."""
 
-CARDS_GB = {
-    "RTX 2080 Ti": 11, "RTX 3060": 12, "RTX 3070": 8, "RTX 3080": 10, "RTX 3090": 24, "RTX 4060": 8, "RTX 4060 Ti 16GB": 16, "RTX 4070": 12,
-    "RTX 4080": 16, "RTX 4090": 24, "RTX 5060 Ti 16GB": 16, "RTX 5070": 12, "RTX 5070 Ti": 16, "RTX 5080": 16, "RTX 5090": 32,
-    "RTX A4000": 16, "RTX A5000": 24, "RTX A6000": 48, "RTX 6000 Ada": 48, "T4": 16, "P100": 16, "V100 16GB": 16, "V100 32GB": 32,
-    "A10": 24, "A10G": 24, "A30": 24, "A40": 48, "A100 40GB": 40, "A100 80GB": 80, "L4": 24, "L40": 48, "L40S": 48,
-    "H100": 80, "H200": 141, "B200": 180, "MI210": 64, "MI250X": 128, "MI300X": 192,
+
+class Card(NamedTuple):
+    """A card: gigabytes as sold, GiB that a program is shown where that is less than 10^9 times them, whether it multiplies bfloat16."""
+
+    gb: int
+    usable_gib: float = 0.0
+    bf16: bool = True
+
+    @property
+    def memory_bytes(self) -> int:
+        """What a program can have."""
+        return int(self.usable_gib * 2**30) or self.gb * 10**9
+
+
+CARDS = {
+    "RTX 2080 Ti": Card(11, bf16=False), "RTX 3060": Card(12), "RTX 3070": Card(8), "RTX 3080": Card(10), "RTX 3090": Card(24),
+    "RTX 4060": Card(8), "RTX 4060 Ti 16GB": Card(16), "RTX 4070": Card(12), "RTX 4080": Card(16), "RTX 4090": Card(24),
+    "RTX 5060 Ti 16GB": Card(16), "RTX 5070": Card(12), "RTX 5070 Ti": Card(16), "RTX 5080": Card(16), "RTX 5090": Card(32),
+    "RTX A4000": Card(16, 14.56), "RTX A5000": Card(24, 21.99), "RTX A6000": Card(48, 44.40), "RTX 6000 Ada": Card(48, 44.40),
+    "T4": Card(16, 14.56, bf16=False), "P100": Card(16, bf16=False), "V100 16GB": Card(16, bf16=False), "V100 32GB": Card(32, bf16=False),
+    "A10": Card(24, 21.99), "A10G": Card(24, 21.99), "A30": Card(24), "A40": Card(48, 44.40), "A100 40GB": Card(40), "A100 80GB": Card(80),
+    "L4": Card(24, 21.99), "L40": Card(48, 44.40), "L40S": Card(48, 44.40), "H100": Card(80), "H200": Card(141), "B200": Card(180),
+    "MI210": Card(64), "MI250X": Card(64), "MI300X": Card(192),
 }  # fmt: skip
+ANOTHER = {"ti", "super", "laptop", "mobile", "max", "mig"}
+"""Words that make another card of a name that has them beside a title of the table."""
+DRIVER_SECONDS = 20.0
 UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6, "": 10**9}
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One place to train: memory_bytes for the run and the program together, on the device; host_bytes beside it (0: not looked at)."""
+    """One place to train: memory_bytes for the run and the program together, on the device; host_bytes beside it (0: not looked at);
+    whether a card multiplies bfloat16 (a processor is asked itself)."""
 
     name: str
     kind: str
     memory_bytes: int
     host_bytes: int = 0
+    native_bf16: bool = True
 
     @property
     def program_bytes(self) -> int:
@@ -80,16 +110,31 @@ def card(name: str) -> Hardware:
     >>> card("nvidia rtx4090").memory_bytes
     24000000000
     """
-    known = {_plain(title): title for title in CARDS_GB}
+    known = {_plain(title): title for title in CARDS}
     title = known.get(_plain(name))
     if title is None:
         likely = [title for plain, title in known.items() if _plain(name) and (plain.startswith(_plain(name)) or _plain(name) in plain)]
         remedy = f"did you mean {', '.join(likely[:3])}?" if likely else nearest(_plain(name), known)
         raise ConfigError(
-            "a card is named as in the table", code="E-CONF-402", place="--gpu", found=name[:40], expected=", ".join(CARDS_GB),
+            "a card is named as in the table", code="E-CONF-402", place="--gpu", found=name[:40], expected=", ".join(CARDS),
             remedy=remedy or "or give its size: --gpu-memory 24", nothing_done="Nothing was planned.",
         )  # fmt: skip
-    return Hardware(title, "gpu", CARDS_GB[title] * 10**9)
+    return Hardware(title, "gpu", CARDS[title].memory_bytes, native_bf16=CARDS[title].bf16)
+
+
+def known_as(name: str) -> str | None:
+    """The title in the table of a card as its driver names it; None where it is not there.
+
+    >>> known_as("NVIDIA H100 80GB HBM3"), known_as("NVIDIA A100-SXM4-40GB"), known_as("NVIDIA GeForce RTX 4070 Ti")
+    ('H100', 'A100 40GB', None)
+    """
+    words = _words(name)
+    found = [title for title in CARDS if _words(title) <= words and not (words - _words(title)) & ANOTHER]
+    return max(found, key=lambda title: len(_words(title)), default=None)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 def sized(text: str) -> Hardware:
@@ -99,11 +144,12 @@ def sized(text: str) -> Hardware:
 
 
 def this_machine() -> Hardware:
-    """The accelerator that nvidia-smi names first, else this machine's processor with the memory that is free for a program now."""
+    """The first accelerator that a run would see, else this machine's processor; with the memory that is free for a program now."""
     found = _driver_says()
     if found is not None:
         name, free = found
-        return Hardware(name, "gpu", free, host.memory_bytes()[1])
+        title = known_as(name)
+        return Hardware(name, "gpu", free, host.memory_bytes()[1], title is None or CARDS[title].bf16)
     return processor()
 
 
@@ -112,22 +158,51 @@ def processor(own_bytes: int = 0) -> Hardware:
     return Hardware(PROCESSOR, "cpu", host.memory_bytes()[1] + own_bytes)
 
 
+def accelerator(name: str, free: int, total: int, own_on_host: int = 0) -> Hardware:
+    """A card on which this program already has its context, which a plan counts as its own, and `own_on_host` bytes in host memory."""
+    return Hardware(name, "gpu", min(total, free + PROGRAM_BYTES["gpu"]), host.memory_bytes()[1] + own_on_host)
+
+
 def _driver_says() -> tuple[str, int] | None:
-    """(name, free bytes) of the first accelerator; None where there is no driver."""
+    """(name, free bytes) of the first accelerator that CUDA shows; None without a driver that answers, or a PyTorch that would use it."""
     program = shutil.which("nvidia-smi")
-    if program is None:
+    if program is None or not torch_uses_gpus():
         return None
-    done = subprocess.run(
-        [program, "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=20, check=False
-    )
-    return parse_driver(done.stdout) if done.returncode == 0 else None
+    asked = [program, "--query-gpu=index,uuid,name,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=DRIVER_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return parse_driver(done.stdout, env.visible_gpus()) if done.returncode == 0 else None
 
 
-def parse_driver(text: str) -> tuple[str, int] | None:
-    """(name, free bytes) from nvidia-smi's first line, where memory is in MiB; None where it says nothing of use.
+def torch_uses_gpus() -> bool:
+    """Whether the installed PyTorch was built for accelerators; a plan does not import it."""
+    spec = importlib.util.find_spec("torch")
+    path = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin else None
+    return path is not None and path.is_file() and built_for_gpus(path.read_text(encoding="utf-8"))
 
-    >>> parse_driver("NVIDIA L4, 22494")
-    ('NVIDIA L4', 23586668544)
+
+def built_for_gpus(version: str) -> bool:
+    """Whether this torch/version.py is of a build with CUDA or HIP.
+
+    >>> built_for_gpus("cuda: Optional[str] = '12.8'"), built_for_gpus("cuda: Optional[str] = None")
+    (True, False)
     """
-    name, comma, free = text.strip().partition("\n")[0].rpartition(",")
-    return (name.strip(), int(free) << 20) if comma and free.strip().isdigit() else None
+    return re.search(r"^(?:cuda|hip)\b[^=\n]*= *['\"]", version, re.MULTILINE) is not None
+
+
+def parse_driver(text: str, visible: str | None = None) -> tuple[str, int] | None:
+    """(name, free bytes) of the first accelerator that `visible` names by number or UUID, from nvidia-smi's lines with memory in MiB.
+
+    Without `visible` it is the first of all; None where there is none, or nvidia-smi says nothing of use.
+
+    >>> parse_driver("0, GPU-17ab, NVIDIA L4, 22494"), parse_driver("0, GPU-17ab, NVIDIA L4, 22494", "")
+    (('NVIDIA L4', 23586668544), None)
+    """
+    rows = [[cell.strip() for cell in line.split(",")] for line in text.strip().splitlines()]
+    wanted = None if visible is None else visible.split(",")[0].strip()
+    for number, uuid, name, free in (row for row in rows if len(row) == 4):
+        if (wanted is None or (wanted and (number == wanted or uuid.startswith(wanted)))) and free.isdigit():
+            return name, int(free) << 20
+    return None

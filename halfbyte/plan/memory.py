@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
-from halfbyte.plan.activations import gap_bytes, host_bytes, kept_bytes, words, working_bytes
+from halfbyte.config.patterns import skips
+from halfbyte.plan.activations import gap_bytes, host_bytes, kept_bytes, scores_bytes, started_params, words, working_bytes
 from halfbyte.plan.setting import Setting, adapted, trained_params, trained_tensors, whole
 from halfbyte.quant.storage_cost import WIDTHS, bytes_of, bytes_of_experts
 from halfbyte.shape import ModelShape, Weight
@@ -30,6 +31,7 @@ from halfbyte.shape import ModelShape, Weight
 CHUNK_BYTES = 96 << 20  # fp32 logits of one chunk (kernels/linear_cross_entropy)
 UPDATE_CHUNK = 4 << 20  # elements updated at once with 8-bit state (kernels/adamw/reference.py; its fast kernels need less)
 INT8_BLOCKSIZE, SMALLEST_INT8 = 256, 4096  # optim/state_storage
+PINNED = "each tensor in a block of a power of two"
 MOMENTS = ("head", "layer", "update")
 
 
@@ -74,17 +76,33 @@ class Memory:
         """The largest term at the peak."""
         return max(self.at(self.peak), key=lambda term: term.bytes)
 
+    @property
+    def largest_on_host(self) -> Term:
+        """The largest term of the host's memory beside a device."""
+        return max((term for term in self.terms if term.when == "host"), key=lambda term: term.bytes)
+
     def named(self, name: str) -> int:
         """Bytes of a term; 0 where there is none."""
         return sum(term.bytes for term in self.terms if term.name == name)
 
 
 def packed(shape: ModelShape, setting: Setting) -> list[Weight]:
-    """The weights that are stored in few bits: linear layers and experts, and the head where that is asked for."""
+    """The weights that are stored in few bits: linear layers and experts, and the head where that is asked for; not those of quant.skip."""
     if setting.method == "full" or setting.format == "none":
         return []
     kinds = ("linear", "experts", "head") if setting.quantize_head else ("linear", "experts")
-    return [weight for weight in shape.weights if weight.kind in kinds and not weight.tied]
+    return [weight for weight in shape.weights if weight.kind in kinds and not weight.tied and not _skipped(weight, setting.skip)]
+
+
+def _skipped(weight: Weight, patterns: tuple[str, ...]) -> bool:
+    """Fused experts are skipped by the name of their module, which holds several."""
+    name = weight.name.rpartition(".")[0] if weight.kind == "experts" else weight.name
+    return any(skips(pattern, name) for pattern in patterns)
+
+
+def start_bytes(shape: ModelShape, setting: Setting) -> int:
+    """The constant start that init pissa takes off again: a copy of every adapter of a linear layer as it began."""
+    return WIDTHS[setting.lora_dtype] * started_params(shape, setting)
 
 
 def packed_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -112,6 +130,31 @@ def trained_dtype(setting: Setting) -> str:
 def state_bytes(shape: ModelShape, setting: Setting) -> int:
     """Of everything that is trained; see `bytes_of_state`."""
     return bytes_of_state(trained_tensors(shape, setting), setting.state, trained_dtype(setting))
+
+
+def pinned(count: int) -> int:
+    """Bytes that PyTorch takes for a block of pinned memory: the next power of two.
+
+    >>> pinned(41_000_000), pinned(1 << 20), pinned(0)
+    (67108864, 1048576, 0)
+    """
+    return 1 << (count - 1).bit_length() if count else 0
+
+
+def pinned_inputs_bytes(shape: ModelShape, setting: Setting) -> int:
+    """The input of every layer in a block of its own (models/decoder_layer.py)."""
+    return shape.layers * pinned(-(-host_bytes(shape, setting) // shape.layers))
+
+
+def pinned_state_bytes(shape: ModelShape, setting: Setting) -> int:
+    """Every tensor of the state in a block of its own (optim/paged.py): two moments, with 8 bits the scales of each, the fp32 master."""
+    return sum(pinned(part) for count in trained_tensors(shape, setting) for part in _state_parts(count, setting))
+
+
+def _state_parts(count: int, setting: Setting) -> list[int]:
+    small = setting.state == "float32" or count < SMALLEST_INT8
+    moments = [4 * count] * 2 if small else [count, 4 * -(-count // INT8_BLOCKSIZE)] * 2
+    return moments + ([] if trained_dtype(setting) == "float32" else [4 * count])
 
 
 def bytes_of_state(tensors: Iterable[int], state: str, dtype: str) -> int:
@@ -148,14 +191,15 @@ def head_bytes(shape: ModelShape, setting: Setting) -> int:
     """What stands between the last layer and the loss, for N tokens of which M carry a label, width w; the buffer of logits apart.
 
     states   4 w H N: input and output of the last norm, the gradient and once more scaled; 2 w H M where not all tokens carry a label
-    trained  a head that is trained: its gradient in fp32 and once more scaled, 8 V H
+    trained  a head that is trained: its gradient in fp32 and once more scaled, 8 V H, and in bfloat16, where that is its type, 2 V H
     all      a head that is adapted or packed gives all logits: M V (2 w + 12)
     """
     labelled, width = _labelled(setting), WIDTHS[setting.dtype]
     states = width * shape.hidden * (4 * setting.batch_tokens + (2 * labelled if labelled < setting.batch_tokens else 0))
     if not setting.head_dense:
         return states + labelled * shape.vocab * (2 * width + 12)
-    return states + (8 * shape.vocab * shape.hidden if _head_trains(shape, setting) else 0)
+    each = 8 + (0 if trained_dtype(setting) == "float32" else 2)
+    return states + (each * shape.vocab * shape.hidden if _head_trains(shape, setting) else 0)
 
 
 def _head_trains(shape: ModelShape, setting: Setting) -> bool:
@@ -164,15 +208,20 @@ def _head_trains(shape: ModelShape, setting: Setting) -> bool:
 
 
 def workspace_bytes(shape: ModelShape, setting: Setting) -> int:
-    """Backward of one layer (activations.working_bytes), its largest matrix read back to w bytes an element, its adapters in that type."""
+    """Backward of one layer (activations.working_bytes), its largest matrix read back to w bytes an element, its adapters in that type.
+
+    Fused experts that are trained are chosen one by one, and the gradient of a choice is as large as all of them: one that is added to and
+    one that arrives.  Attention that holds all scores of a sample does so for one sample at a time (activations.scores_bytes).
+    """
     width = WIDTHS[setting.dtype]
     matrices = [prod(weight.size[-2:]) for weight in packed(shape, setting) if weight.kind != "head"]
     dense = width * max(matrices, default=0)
     casts = 0
     if setting.method != "full" and setting.lora_dtype != setting.dtype:
         inside = [rank * sum(weight.size[-2:]) for weight, rank in adapted(shape, setting) if weight.kind == "linear"]
-        casts = width * sum(inside) // shape.layers
-    return working_bytes(shape, setting) + dense + casts
+        casts = width * sum(inside) // shape.layers * (2 if setting.init == "pissa" else 1)
+    chosen = 2 * width * max((prod(w.size) for w in shape.weights if w.kind == "experts"), default=0) if setting.method == "full" else 0
+    return working_bytes(shape, setting) + scores_bytes(shape, setting) + dense + casts + chosen
 
 
 def plan_memory(shape: ModelShape, setting: Setting, program_bytes: int = 0) -> Memory:
@@ -189,6 +238,7 @@ def plan_memory(shape: ModelShape, setting: Setting, program_bytes: int = 0) -> 
         Term("weights, packed", packed_bytes(shape, setting), "always", few),
         Term("weights, dense", dense_bytes(shape, setting), "always", f"{WIDTHS[setting.dtype]} bytes a parameter"),
         Term("adapters", adapters, "always", f"{WIDTHS[trained]} bytes a trained parameter"),
+        Term("start factors", start_bytes(shape, setting), "always", "the start of init pissa, which is taken off again"),
         Term("gradients", count * WIDTHS[trained], *_gradients(setting, WIDTHS[trained])),
         Term("optimizer", 0 if away else state, "always", _state_text(setting)),
         Term("activations", kept_bytes(shape, setting), "activations", _kept_text(shape, setting)),
@@ -198,8 +248,13 @@ def plan_memory(shape: ModelShape, setting: Setting, program_bytes: int = 0) -> 
         Term("workspace", workspace_bytes(shape, setting), "layer", "backward of one layer, and its largest matrix in full"),
         Term("update", update, "update", "temporaries of the optimizer's update, or the backward of the last layer"),
         Term("program", program_bytes, "always", "measured: interpreter and libraries before a model is loaded"),
-        Term("layer inputs on the host", host_bytes(shape, setting) if setting.device == "gpu" else 0, "host", "offloaded"),
-        Term("optimizer on the host", state if away else 0, "host", _state_text(setting)),
+        Term(
+            "layer inputs on the host",
+            pinned_inputs_bytes(shape, setting) if setting.device == "gpu" else 0,
+            "host",
+            f"offloaded; {PINNED}",
+        ),
+        Term("optimizer on the host", pinned_state_bytes(shape, setting) if away else 0, "host", f"{_state_text(setting)}; {PINNED}"),
     ]
     if setting.device == "cpu" and setting.policy == "offload":  # host and device are one memory
         terms.append(Term("layer inputs", host_bytes(shape, setting), "activations", "offloaded to the memory they came from"))

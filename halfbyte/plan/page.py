@@ -9,7 +9,7 @@ from pathlib import Path
 from halfbyte.pages import comparison, plan_plots
 from halfbyte.pages.page import Picture, Table
 from halfbyte.plan.answer import Answer, found_with_change, seconds_per_step, steps_per_epoch, time_source
-from halfbyte.plan.search import NOT
+from halfbyte.plan.search import NOT, needed_text
 from halfbyte.plan.text import ROWS, about, change_text, duration_text, how, table_rows
 from halfbyte.units import bytes_text, gib
 
@@ -82,8 +82,8 @@ def _failing(given: Answer) -> Table:
     for method in given.changes:
         one = given.found[method]
         assert one.verdict == NOT
-        term = one.memory.largest
+        term = one.largest
         largest = f"{term.name}, {bytes_text(term.bytes)}: {term.formula}"
-        rows.append([method, bytes_text(one.memory.total), largest, change_text(given, method)])
+        rows.append([method, needed_text(one), largest, change_text(given, method)])
     return Table("What does not fit", ["method", "needs at the least (estimate)", "largest term", "what to change"], rows,
                  "All numbers are estimates of the same kind as above.")  # fmt: skip

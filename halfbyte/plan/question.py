@@ -4,6 +4,7 @@ from halfbyte.errors import ConfigError, nearest
 from halfbyte.plan.activations import POLICIES
 from halfbyte.plan.answer import Question, compute_dtype, count_rows, row_tokens, shape_of
 from halfbyte.plan.hardware import PROCESSOR, Hardware, card, sized, this_machine
+from halfbyte.plan.search import GLOBAL_BATCH_SIZE
 from halfbyte.plan.setting import METHODS, Setting
 
 STATES = ("float32", "int8")
@@ -35,14 +36,23 @@ def ask(
             "an adapter needs a layer to stand beside", code="E-CONF-408", place="--targets", found=targets[:40] or "nothing",
             expected="all-linear, or module names with commas between", nothing_done="Nothing was planned.",
         )  # fmt: skip
+    if shape.packed and method not in (None, "qlora"):
+        raise ConfigError(
+            "a packed folder serves method qlora only", code="E-CONF-409", place="--method", found=f"{method} with a base that is packed",
+            expected="qlora", remedy="plan for the model's 16-bit folder, or leave --method out", nothing_done="Nothing was planned.",
+        )  # fmt: skip
+    size = micro_batch_size or 1
+    packed, double_quant = shape.stored if shape.stored[0] else ("nf4", True)
     base = Setting(
-        method=method or "qlora", dtype=compute_dtype(place), rank=rank, targets=names[0] if len(names) == 1 else names,
-        state=state or "float32", policy=policy or "keep", tokens=row_tokens(shape, max_tokens, rows),
-        micro_batch_size=micro_batch_size or 1, device=place.kind,
+        method=method or "qlora", format=packed, double_quant=double_quant, dtype=compute_dtype(place), rank=rank,
+        targets=names[0] if len(names) == 1 else names, state=state or "float32", policy=policy or "keep",
+        tokens=row_tokens(shape, max_tokens, rows), micro_batch_size=size, device=place.kind,
+        global_batch_size=-(-GLOBAL_BATCH_SIZE // size) * size,
     )  # fmt: skip
     given = {"policy": policy, "state": state, "micro_batch_size": micro_batch_size}
     fixed = frozenset(name for name, value in given.items() if value is not None)
-    return Question(model, shape, place, base, fixed, METHODS if method is None else (method,), rows)
+    methods = ("qlora",) if shape.packed else METHODS if method is None else (method,)
+    return Question(model, shape, place, base, fixed, methods, rows, base.global_batch_size)
 
 
 def _place(gpu: str | None, gpu_memory: str | None) -> Hardware:

@@ -4,40 +4,64 @@ What a user leaves open is tried in this order, each step costing more time or q
 
     policy       keep, recompute_mlp, recompute, offload (GPU)
     state        float32, int8, int8 paged (GPU)
-    micro batch  the largest that still helps (BATCH_TOKENS tokens keep a device busy), down to 1
+    micro batch  the largest divisor of the global batch that still helps (BATCH_TOKENS tokens keep a device busy), down to 1
 
 Methods are ordered by what published comparisons say: an adapter on a dense base where it fits with room to spare, then one on a 4-bit
-base, then one on a dense base that just fits, then every weight.  docs/memory.md has the reasons with their sources.
+base, then one on a dense base that just fits, then every weight.  Room to spare is what the run can be given, not what its largest
+micro-batch leaves: lora takes the first setting that leaves it.  docs/memory.md has the reasons with their sources.
 A setting fits when its plan and the margin of error (hardware.MARGIN) stay within the memory, and is tight when only the plan does.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from halfbyte.plan.activations import POLICIES, fused
 from halfbyte.plan.hardware import PROGRAM_ON_HOST, Hardware
-from halfbyte.plan.memory import Memory, plan_memory
+from halfbyte.plan.memory import Memory, Term, plan_memory
 from halfbyte.plan.setting import Setting
 from halfbyte.shape import ModelShape
+from halfbyte.units import bytes_text
 
 BATCH_TOKENS = {"cpu": 1024, "gpu": 8192}
 """Tokens of a forward pass at which matrix products come near their full rate; more costs memory."""
 STATES = {"cpu": (("float32", False), ("int8", False)), "gpu": (("float32", False), ("int8", False), ("int8", True))}
 HEADROOM = 0.20
 FITS, TIGHT, NOT = "fits", "tight", "does not fit"
+GLOBAL_BATCH_SIZE = 16
+"""Rows of an optimizer step where nobody says otherwise (config/train.py)."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """A setting, its memory, and whether that is there."""
+    """A setting, its memory, and whether that is there; `short` says of what there is too little: "device", "host", or "" for neither."""
 
     setting: Setting
     memory: Memory
     verdict: str
+    short: str = ""
 
     def headroom(self, hardware: Hardware) -> float:
         """Share of the memory that is left."""
         return 1 - self.memory.total / hardware.memory_bytes
+
+    @property
+    def needed(self) -> int:
+        """Bytes of the memory that decides: the host's with the program there where that is short, else the device's."""
+        return self.memory.host + PROGRAM_ON_HOST if self.short == "host" else self.memory.total
+
+    def there(self, hardware: Hardware) -> int:
+        """Bytes that there are of it."""
+        return hardware.host_bytes if self.short == "host" else hardware.memory_bytes
+
+    @property
+    def largest(self) -> Term:
+        """The largest term of it."""
+        return self.memory.largest_on_host if self.short == "host" else self.memory.largest
+
+
+def needed_text(one: Option) -> str:
+    """What it needs of the memory that decides, and which memory that is where it is the host's."""
+    return bytes_text(one.needed) + (" of host memory, the program included" if one.short == "host" else "")
 
 
 @dataclass(frozen=True)
@@ -49,30 +73,30 @@ class Change:
     option: Option
 
 
-def judge(memory: Memory, hardware: Hardware) -> str:
-    """Whether this much is there."""
+def judge(memory: Memory, hardware: Hardware) -> tuple[str, str]:
+    """(whether this much is there, of what there is too little)."""
+    if memory.total > hardware.memory_bytes:
+        return NOT, "device"
     if hardware.host_bytes and memory.host + PROGRAM_ON_HOST > hardware.host_bytes and memory.host:
-        return NOT
-    if memory.total * (1 + hardware.margin) <= hardware.memory_bytes:
-        return FITS
-    return TIGHT if memory.total <= hardware.memory_bytes else NOT
+        return NOT, "host"
+    return (FITS if memory.total * (1 + hardware.margin) <= hardware.memory_bytes else TIGHT), ""
 
 
 def option(shape: ModelShape, setting: Setting, hardware: Hardware) -> Option:
     """A setting judged for a place."""
     setting = replace(setting, device=hardware.kind)
     memory = plan_memory(shape, setting, hardware.program_bytes)
-    return Option(setting, memory, judge(memory, hardware))
+    return Option(setting, memory, *judge(memory, hardware))
 
 
-def batch_sizes(tokens: int, kind: str) -> list[int]:
-    """Micro-batches to try, largest first: powers of two up to BATCH_TOKENS tokens.
+def divisors(global_batch_size: int, tokens: int, most: int) -> list[int]:
+    """Micro-batches to try, largest first: divisors of the global batch with at most `most` tokens at once, and 1.
 
-    >>> batch_sizes(512, "cpu"), batch_sizes(100_000, "gpu")
-    ([2, 1], [1])
+    >>> divisors(16, 200, 1024), divisors(6, 5000, 1024)
+    ([4, 2, 1], [1])
     """
-    most = max(1, BATCH_TOKENS[kind] // tokens)
-    return [2**power for power in range(most.bit_length() - 1, -1, -1)]
+    sizes = [size for size in range(global_batch_size, 0, -1) if global_batch_size % size == 0]
+    return [size for size in sizes if size == 1 or size * tokens <= most]
 
 
 def offered(shape: ModelShape, setting: Setting, hardware: Hardware) -> list[str]:
@@ -87,12 +111,13 @@ def settings(
 ) -> Iterator[Setting]:
     """What to try for the method of `base`, in order; names in `fixed` (policy, state, micro_batch_size) stay as they are.
 
-    sizes   micro-batches to try, the preferred first; none: `batch_sizes`
+    sizes   micro-batches to try, the preferred first; none: `divisors` of the global batch
     """
     policies = [base.policy] if "policy" in fixed else offered(shape, base, hardware)
     states = ((base.state, base.paged),) if "state" in fixed else STATES[hardware.kind]
     if not sizes:
-        sizes = [base.micro_batch_size] if "micro_batch_size" in fixed else batch_sizes(base.tokens, hardware.kind)
+        every = divisors(base.global_batch_size or GLOBAL_BATCH_SIZE, base.tokens, BATCH_TOKENS[hardware.kind])
+        sizes = [base.micro_batch_size] if "micro_batch_size" in fixed else every
     for policy in policies:
         for state, paged in states:
             for size in sizes:
@@ -106,9 +131,22 @@ def options(
     return [option(shape, setting, hardware) for setting in settings(shape, base, hardware, fixed, sizes)]
 
 
-def best(tried: list[Option]) -> Option:
-    """The first that fits, else the smallest."""
-    return next((one for one in tried if one.verdict == FITS), None) or min(tried, key=lambda one: one.memory.total)
+def best(tried: Sequence[Option]) -> Option:
+    """The first that fits, else the smallest of those that are tight, else the smallest."""
+    first = next((one for one in tried if one.verdict == FITS), None)
+    return first or min([one for one in tried if one.verdict == TIGHT] or tried, key=lambda one: one.memory.total)
+
+
+def roomy(tried: Sequence[Option], hardware: Hardware) -> Option | None:
+    """The first that fits and leaves HEADROOM; None where none does."""
+    return next((one for one in tried if one.verdict == FITS and one.headroom(hardware) >= HEADROOM), None)
+
+
+def best_of_each(tried: Mapping[str, Sequence[Option]], hardware: Hardware) -> dict[str, Option]:
+    """method -> its best option; beside other methods lora's is the first that leaves HEADROOM, which makes it the first choice."""
+    found = {method: best(every) for method, every in tried.items()}
+    room = roomy(tried["lora"], hardware) if "lora" in tried and len(tried) > 1 else None
+    return found if room is None else {**found, "lora": room}
 
 
 def order(found: dict[str, Option], hardware: Hardware) -> list[tuple[str, str]]:
@@ -135,7 +173,11 @@ def order(found: dict[str, Option], hardware: Hardware) -> list[tuple[str, str]]
 
 def first_change(shape: ModelShape, one: Option, hardware: Hardware) -> Change | None:
     """The cheapest single change that makes it fit; else the one that saves most; None where nothing is left to change."""
-    made = [Change(text, one.memory.total - other.memory.total, other) for text, other in _changed(shape, one, hardware)]
+    on_host = one.short == "host"
+    made = [
+        Change(text, one.memory.host - other.memory.host if on_host else one.memory.total - other.memory.total, other)
+        for text, other in _changed(shape, one, hardware)
+    ]
     enough = next((change for change in made if change.option.verdict == FITS), None)
     return enough or max((change for change in made if change.saved > 0), key=lambda change: change.saved, default=None)
 
@@ -143,7 +185,8 @@ def first_change(shape: ModelShape, one: Option, hardware: Hardware) -> Change |
 def _changed(shape: ModelShape, one: Option, hardware: Hardware) -> Iterator[tuple[str, Option]]:
     """Single changes, the cheap ones first."""
     now = one.setting
-    later = list(POLICIES)[list(POLICIES).index(now.policy) + 1 :]
+    on_host = one.short == "host"
+    later = [name for name in POLICIES if name != "offload"] if on_host else list(POLICIES)[list(POLICIES).index(now.policy) + 1 :]
     changes: list[tuple[str, Setting]] = [
         (f"train.activations={name} ({POLICIES[name].cost})", replace(now, policy=name))
         for name in offered(shape, now, hardware)
@@ -153,7 +196,9 @@ def _changed(shape: ModelShape, one: Option, hardware: Hardware) -> Iterator[tup
         changes.append(("train.micro_batch_size=1", replace(now, micro_batch_size=1)))
     if now.state != "int8":
         changes.append(("optim.state=int8", replace(now, state="int8")))
-    if not now.paged and hardware.kind == "gpu":
+    if on_host and now.paged:
+        changes.append(("optim.paged=false", replace(now, paged=False)))
+    if not on_host and not now.paged and hardware.kind == "gpu":
         changes.append(("optim.paged=true", replace(now, paged=True)))
     if now.method != "full" and now.rank > 1:
         changes.append((f"lora.rank={now.rank // 2}", replace(now, rank=now.rank // 2)))

@@ -29,6 +29,9 @@ class Setting:
     lora_dtype        of adapters and of what is trained whole
     tokens            of one row, padding included; micro_batch_size rows go through at once
     global_batch_size rows of an optimizer step; 0: not known, more than go through at once
+    skip              patterns of layers that stay dense (quant.skip)
+    init              how the factors begin (lora.init)
+    train_bias        which biases of the base are trained: none, lora_only, all
     trained_share     share of the tokens that carry a label
     policy            which activations are kept (activations.py)
     device            "cpu" or "gpu": where paging and offloading lead somewhere else
@@ -58,6 +61,9 @@ class Setting:
     trained_share: float = 1.0
     device: str = "cpu"
     global_batch_size: int = 0
+    skip: tuple[str, ...] = ()
+    init: str = "default"
+    train_bias: str = "none"
 
     @classmethod
     def of(
@@ -69,7 +75,7 @@ class Setting:
             run.method, run.quant_format, run.quant.blocksize, run.quant.double_quant, run.quant.quantize_head, dtype, lora.rank,
             lora.targets, lora.exclude, lora.layers, tuple(lora.ranks.items()), lora.dropout, lora.dora, lora.lora_bias, lora.dtype,
             lora.fully_trained, run.optim.state, run.optim.paged, policy, tokens, micro_batch_size, trained_share, device,
-            run.train.global_batch_size,
+            run.train.global_batch_size, run.quant.skip, lora.init, lora.train_bias,
         )  # fmt: skip
 
     def with_method(self, method: str) -> "Setting":
@@ -162,6 +168,15 @@ def whole(shape: ModelShape, setting: Setting) -> list[Weight]:
     return [w for w in shape.weights if any(matches(pattern, w.name) for pattern in setting.fully_trained)]
 
 
+def trained_biases(shape: ModelShape, setting: Setting) -> list[Weight]:
+    """The weights whose bias alone is trained beside an adapter."""
+    if setting.method == "full" or setting.train_bias == "none":
+        return []
+    names = {weight.name for weight, _ in adapted(shape, setting)}
+    entire = {weight.name for weight in whole(shape, setting)}
+    return [w for w in shape.weights if w.bias and w.name not in entire and (setting.train_bias == "all" or w.name in names)]
+
+
 def trained_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
     """Elements of every tensor that is trained, in definition order."""
     return _trained_tensors(shape, setting.of_weights)
@@ -175,6 +190,7 @@ def _trained_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
     for weight, rank in adapted(shape, setting):
         count, (rows, columns) = prod(weight.size[:-2]), weight.size[-2:]
         sizes += [count * rank * columns, count * rows * rank] + [rows] * (setting.dora + setting.lora_bias)
+    sizes += [weight.size[-2] if len(weight.size) > 1 else weight.size[0] for weight in trained_biases(shape, setting)]
     return tuple(sizes + [size for weight in whole(shape, setting) for size in _tensors(weight)])
 
 

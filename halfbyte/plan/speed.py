@@ -2,7 +2,7 @@
 
     forward    2 n P for matrices of P elements and n tokens; head 2 m V H for the m labelled tokens; attention 2 T^2 HqD a row, causal
     backward   the same again for the gradient of the input; once more for that of the weight, where it is trained; attention 2.5 times
-    adapters   6 n P
+    adapters   6 n P, of experts those that a token visits
     recompute  what a policy computes twice; down_proj, whose result is only added to the residual stream, never is
     reading    a packed matrix is read back to the compute type once each time it is multiplied with
 
@@ -84,11 +84,24 @@ class Work:
         return self.model + self.again
 
 
+def visited(shape: ModelShape) -> float:
+    """Share of the experts that one token visits."""
+    used = shape.sizes.get("experts_per_token", 0)
+    return used / shape.sizes["experts"] if used else 0.0
+
+
 def matrix_params(shape: ModelShape) -> float:
     """Elements of the matrices that one token is multiplied with: linear layers, routers, and of experts those it visits."""
-    used = shape.sizes.get("experts_per_token", 0)
-    active = {"linear": 1.0, "router": 1.0, "experts": used / shape.sizes["experts"] if used else 0.0}
+    active = {"linear": 1.0, "router": 1.0, "experts": visited(shape)}
     return sum(prod(weight.size) * active.get(weight.kind, 0.0) for weight in shape.weights)
+
+
+def active_adapter_params(shape: ModelShape, setting: Setting, rank: int | None = None) -> float:
+    """Elements of the adapters that one token is multiplied with, of experts those it visits; with `rank`, as if all had that one."""
+    return sum(
+        adapter_params(weight, own if rank is None else rank, setting) * (visited(shape) if weight.kind == "experts" else 1.0)
+        for weight, own in adapted(shape, setting)
+    )
 
 
 def repeated_params(shape: ModelShape, setting: Setting) -> float:
@@ -116,8 +129,8 @@ def work_of(shape: ModelShape, setting: Setting, rows: Rows | None = None) -> Wo
     matrices, again = matrix_params(shape), repeated_params(shape, setting)
     forward = 2.0 * shape.layers * size * square * shape.sizes["queries"]
     attention_again = forward if "attention" not in POLICIES[setting.policy].keeps else 0.0
-    inside = sum(adapter_params(weight, rank, setting) for weight, rank in adapted(shape, setting))
-    usual = sum(adapter_params(weight, RANK, setting) for weight, _ in adapted(shape, replace(setting, targets="all-linear")))
+    inside = active_adapter_params(shape, setting)
+    usual = active_adapter_params(shape, replace(setting, targets="all-linear"), RANK)
     quantized = float(sum(prod(weight.size) for weight in packed(shape, setting)))
     share = again / matrices if matrices else 0.0
     return Work(

@@ -1,15 +1,18 @@
 """The answer of a plan in plain words: one table of all methods, then what fits, best first, and what to change where nothing does."""
 
+from dataclasses import replace
+
 from halfbyte.plan.activations import POLICIES, own_layers
 from halfbyte.plan.answer import Answer, found_with_change, seconds_per_step, steps_per_epoch, time_source
-from halfbyte.plan.hardware import CARDS_GB, PROCESSOR
-from halfbyte.plan.search import FITS, NOT, Option
+from halfbyte.plan.hardware import CARDS, MARGIN, PROCESSOR, PROGRAM_BYTES
+from halfbyte.plan.memory import plan_memory
+from halfbyte.plan.search import FITS, NOT, Option, needed_text
 from halfbyte.plan.setting import trained_params
 from halfbyte.units import bytes_text, count_text, gib, percent_text, seconds_text
 
 ROWS = (
-    "weights, packed", "weights, dense", "adapters", "gradients", "optimizer", "layer inputs", "activations", "heap gaps", "head", "logits",
-    "workspace", "update", "program",
+    "weights, packed", "weights, dense", "adapters", "start factors", "gradients", "optimizer", "layer inputs", "activations", "heap gaps",
+    "head", "logits", "workspace", "update", "program",
 )  # fmt: skip
 
 
@@ -39,6 +42,9 @@ def about(given: Answer) -> list[tuple[str, str]]:
         longest, total = f"{rows.longest:,}", count_text(sum(rows.tokens))
         said.append(("rows", f"{len(rows.tokens):,}, the longest of {longest} tokens, {total} tokens in all (estimate, by {rows.how})"))
     said.append(("planned", f"planned for rows of {question.base.tokens:,} tokens and adapters of rank {question.base.rank}"))
+    if shape.packed:
+        stored = f" in {shape.stored[0]}" if shape.stored[0] else ""
+        said.append(("storage", f"its files are packed already{stored}: method qlora trains beside them, the others need the 16-bit model"))
     if not own_layers(shape):
         said.append(("layers", "this family keeps transformers' own layers: its activations are an estimate on the high side"))
     return said
@@ -97,10 +103,9 @@ def _failing(given: Answer) -> str:
     lines = []
     for method in given.changes:
         one = given.found[method]
-        term = one.memory.largest
+        term = one.largest
         lines.append(
-            f"{method} needs {bytes_text(one.memory.total)} at the least; its largest term is {term.name},"
-            f" {bytes_text(term.bytes)} ({term.formula})"
+            f"{method} needs {needed_text(one)} at the least; its largest term is {term.name}, {bytes_text(term.bytes)} ({term.formula})"
         )
         lines.append(f"   {change_text(given, method)}")
     return "\n".join(["what does not fit", *lines]) if lines else ""
@@ -110,16 +115,23 @@ def change_text(given: Answer, method: str) -> str:
     """The first thing to change for a method that does not fit, and what is then."""
     one, change = given.found[method], given.changes[method]
     if change is None:
-        return f"nothing is left to change; {_card(one)}"
-    then = {FITS: "then it fits", NOT: f"then it needs {bytes_text(change.option.memory.total)}, still too much"}
+        return f"nothing is left to change; {_card(given, one)}"
+    then = {FITS: "then it fits", NOT: f"then it needs {needed_text(change.option)}, still too much"}
     result = then.get(change.option.verdict, "then it is within the memory, but not by the margin of error")
-    return f"first change: {change.text}, which saves {bytes_text(change.saved)}; {result}. Or {_card(one)}"
+    return f"first change: {change.text}, which saves {bytes_text(change.saved)}; {result}. Or {_card(given, one)}"
 
 
-def _card(one: Option) -> str:
-    """The smallest size of card in the table that would hold it."""
-    needed = one.memory.total * 1.05
-    sizes = sorted({size for size in CARDS_GB.values() if size * 10**9 >= needed})
+def _card(given: Answer, one: Option) -> str:
+    """The smallest size of card in the table of which every one that multiplies bfloat16 would hold it, planned as on a card."""
+    if one.short == "host":
+        return "take a machine with more host memory"
+    there = replace(one.setting, device="gpu", dtype="bfloat16")
+    needed = plan_memory(given.question.shape, there, PROGRAM_BYTES["gpu"]).total * (1 + MARGIN["gpu"])
+    least: dict[int, int] = {}
+    for card in CARDS.values():
+        if card.bf16:
+            least[card.gb] = min(card.memory_bytes, least.get(card.gb, card.memory_bytes))
+    sizes = sorted(size for size, memory in least.items() if memory >= needed)
     return f"take a card with {sizes[0]} GB" if sizes else "no card of the table holds it"
 
 

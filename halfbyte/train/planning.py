@@ -22,7 +22,7 @@ from halfbyte.log import logger
 from halfbyte.models.load import choose_dtype
 from halfbyte.models.packed_folder import storage_of
 from halfbyte.plan.decide import Choice, Decision, RowsSeen, applied, decide, operations, require_room, with_time
-from halfbyte.plan.hardware import Hardware, processor
+from halfbyte.plan.hardware import Hardware, accelerator, processor
 from halfbyte.plan.rates import Rates, measure, nearest_rates, read_all, widths_of
 from halfbyte.shape import ModelShape
 from halfbyte.train.run_folder import RunFolder
@@ -35,11 +35,11 @@ DECIDED = ("method", "data.max_tokens", "train.micro_batch_size", "train.activat
 
 
 def place_of(device: str) -> Hardware:
-    """Where this run computes, with the memory that is free there; what this process holds already counts as free on a processor."""
+    """Where this run computes, with the memory that is free there; what this process holds already counts as free."""
     if devices.compute_device(device) == "cpu":
         return processor(host.rss_anon_bytes())
-    free, _ = torch.cuda.mem_get_info()
-    return Hardware(torch.cuda.get_device_name(), "gpu", int(free), host.memory_bytes()[1])
+    free, total = torch.cuda.mem_get_info()  # makes the device's context, so what is free is without it
+    return accelerator(torch.cuda.get_device_name(), int(free), int(total), host.rss_anon_bytes())
 
 
 def rows_of(data: TrainData) -> RowsSeen:

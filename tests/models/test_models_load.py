@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from halfbyte.config.patterns import skips
 from halfbyte.config.quant import QuantConfig
 from halfbyte.errors import ModelError
+from halfbyte.models import load
 from halfbyte.models.load import choose_dtype, load_model, load_tokenizer, token_limit
-from halfbyte.models.quantizer import layers_to_quantize, matches
+from halfbyte.models.quantizer import layers_to_quantize
 from halfbyte.models.rope import exact_buffers, restore, rotary_modules
 from halfbyte.models.source import Source
 from halfbyte.quant.experts import QuantExperts, dense_expert
@@ -107,11 +109,20 @@ def test_the_users_list_is_added_to_the_defaults(tmp_path: Path) -> None:
     assert type(model.lm_head) is nn.Linear and model.model.layers[1].mlp.gate.weight.is_floating_point()
 
 
+def test_bfloat16_that_a_gpu_only_emulates_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the processor can do says nothing about the card."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(load.host, "native_bf16", lambda: "amx_bf16")
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, native=native: native or including_emulation)
+        assert choose_dtype()[0] == dtype
+
+
 def test_a_name_part_is_matched_whole() -> None:
     """# T56  "gate" is a router's name and not the beginning of gate_proj."""
     model = make_model()
     assert layers_to_quantize(model, ("gate_proj",)) == [name for name in layers_to_quantize(model) if not name.endswith("gate_proj")]
-    assert not matches("model.layers.11.mlp.gate_proj", "gate") and not matches("model.layers.11.mlp.gate_proj", "layers.1")
+    assert not skips("gate", "model.layers.11.mlp.gate_proj") and not skips("layers.1", "model.layers.11.mlp.gate_proj")
     with pytest.raises(ModelError, match="E-MODEL-041"):
         layers_to_quantize(model, ("gate",))
 
@@ -134,7 +145,7 @@ def test_rotary_angles_are_exact_whatever_the_dtype(dtype: str, tmp_path: Path) 
     model = load_model(write_folder(tmp_path), dtype=dtype, quant=nf4())
     model.to(torch.bfloat16)
     assert restore(model) == 1
-    (_, module), = rotary_modules(model)
+    ((_, module),) = rotary_modules(model)
     frequency = 1.0 / 10000.0 ** (torch.arange(0, 16, 2, dtype=torch.float64) / 16)
     for position in (0, 257, 15_962):
         angle = torch.cat([position * frequency] * 2)
@@ -146,7 +157,7 @@ def test_rotary_angles_are_exact_whatever_the_dtype(dtype: str, tmp_path: Path) 
 def test_a_cast_frequency_would_be_seen() -> None:
     """# T40  The tolerance above tells bfloat16 frequencies apart."""
     model = make_model()
-    (_, module), = rotary_modules(model)
+    ((_, module),) = rotary_modules(model)
     good = angles(module, 15_962)
     module.inv_freq = module.inv_freq.bfloat16().float()
     assert (angles(module, 15_962) - good).abs().max() > 0.5

@@ -12,6 +12,8 @@ from halfbyte.models.recompute import use_policy
 from halfbyte.models.structure import fuse
 from halfbyte.plan import activations
 from halfbyte.plan.activations import POLICIES, fused, host_bytes, kept_bytes, own_layers, working_bytes
+from halfbyte.plan.hardware import Hardware
+from halfbyte.plan.search import offered
 from halfbyte.plan.setting import Setting
 from halfbyte.shape import FAMILIES, ModelShape
 
@@ -90,11 +92,31 @@ def test_other_families_are_near_and_not_below(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "lora", "most"), [("full", {}, 1.03), ("lora", {"dropout": 0.1}, 1.03), ("lora", {"dora": True}, 1.35)]
+    ("method", "lora", "most"),
+    [("full", {}, 1.03), ("lora", {"dropout": 0.1}, 1.03), ("lora", {"dora": True}, 1.35), ("lora", {"lora_bias": True}, 1.03)],
 )
 def test_layers_called_as_modules_keep_their_inputs(method: str, lora: dict[str, Any], most: float) -> None:
     measured, shape, setting = _kept("llama", "keep", method, **lora)
     assert 0.96 <= kept_bytes(shape, setting) / measured <= most
+
+
+@pytest.mark.parametrize("policy", ["keep", "recompute_mlp"])
+def test_factors_joined_with_the_start_of_pissa_are_kept(policy: str) -> None:
+    measured, shape, setting = _kept("llama", policy, init="pissa")
+    assert fused(shape, setting) and 0.98 <= kept_bytes(shape, setting) / measured <= 1.03
+
+
+def test_an_update_with_a_bias_computes_nothing_less_without_gate_and_up() -> None:
+    """Its layers are called as modules, which keep what they want: the policy changes nothing and is not offered."""
+    kept, shape, setting = _kept("llama", "keep", lora_bias=True)
+    again, _, _ = _kept("llama", "recompute_mlp", lora_bias=True)
+    assert kept == again and "recompute_mlp" not in offered(shape, setting, Hardware("x", "cpu", 2**40))
+
+
+def test_biases_that_are_trained_take_the_layer_apart() -> None:
+    """Those of q, k and v: their input, normalised, is kept; the MLP has none and stays one op."""
+    measured, shape, setting = _kept("qwen2", "keep", train_bias="all")
+    assert fused(shape, setting) and 0.98 <= kept_bytes(shape, setting) / measured <= 1.03
 
 
 def test_policies_are_those_of_the_models() -> None:

@@ -9,10 +9,11 @@ import pytest
 from halfbyte.config import RunConfig
 from halfbyte.errors import ConfigError, DoesNotFitError
 from halfbyte.plan.decide import Decision, RowsSeen, applied, decide, lines, require_room, row_lengths
-from halfbyte.plan.hardware import Hardware
+from halfbyte.plan.hardware import Hardware, card
 from halfbyte.plan.search import BATCH_TOKENS, FITS, HEADROOM, NOT, TIGHT, option
 from halfbyte.plan.setting import Setting
 from halfbyte.shape import ModelShape
+from tests.plan.test_plan_memory import LLAMA_8B
 from tests.plan.test_plan_search import SMALL
 
 SHAPE = ModelShape.from_config(SMALL)
@@ -85,6 +86,41 @@ def test_method_auto_is_lora_only_with_a_fifth_to_spare(share: float, method: st
     assert decision.config.method == chosen(decision)["method"] == decision.option.setting.method == method
     assert method == "qlora" or decision.option.headroom(decision.place) >= HEADROOM
     assert "estimate" in decision.choices[0].reason
+
+
+def test_method_auto_is_lora_where_a_smaller_micro_batch_leaves_the_fifth() -> None:
+    """TinyLlama on a card of 8 GB: half of it is free at one row, and eight rows would fill it."""
+    tiny = ModelShape.from_config({
+        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+    })  # fmt: skip
+    rows, place = RowsSeen((1024,) * 8, 0, 1.0, 1024), card("RTX 4060")
+    decision = decide(config(method="auto"), tiny, place, rows, "bfloat16")
+    assert decision.config.method == "lora" and decision.option.headroom(place) >= HEADROOM
+    size = next(choice for choice in decision.choices if choice.key == "train.micro_batch_size")
+    assert "leave less than a fifth" in size.reason
+    asked = decide(config(method="lora"), tiny, place, rows, "bfloat16")
+    assert asked.option.verdict == FITS and asked.option.setting.micro_batch_size > size.value
+
+
+def test_a_host_without_room_is_named_and_what_would_help() -> None:
+    shape = LLAMA_8B
+    asked = config(method="qlora", train={"micro_batch_size": 16, "activations": "offload"})
+    decision = decide(asked, shape, Hardware("x", "gpu", 40 << 30, 4 << 30), replace(ROWS, lengths=(4096,)), "bfloat16")
+    assert (decision.option.verdict, decision.option.short) == (NOT, "host")
+    with pytest.raises(DoesNotFitError, match="E-FIT-401") as caught:
+        require_room(decision)
+    text = str(caught.value)
+    assert "of host memory" in text and "layer inputs on the host" in text and "at most 4.00 GiB, what is free on the host" in text
+    assert "fix:      train.activations=" in text or "fix:      train.micro_batch_size=1" in text
+
+
+def test_a_plan_keeps_skip_init_and_biases() -> None:
+    asked = config(
+        method="qlora", quant={"skip": ["*down_proj"]}, lora={"init": "pissa", "train_bias": "all"}, train={"micro_batch_size": 1}
+    )
+    setting = decide(asked, SHAPE, ROOMY, ROWS, "bfloat16").option.setting
+    assert (setting.skip, setting.init, setting.train_bias) == (("*down_proj",), "pissa", "all")
 
 
 def test_method_auto_never_trains_every_weight() -> None:

@@ -107,7 +107,7 @@ def test_numbers_of_the_code_are_the_codes() -> None:
 # method, policy, state, rows at once: GB at the peak for Llama-3.1-8B, rank 16, 2,048 tokens, bfloat16; golden: changes only on purpose.
 GOLDEN = [
     ("qlora", "keep", "float32", 4, 32.37), ("qlora", "recompute", "float32", 1, 7.49), ("lora", "keep", "float32", 1, 23.20),
-    ("lora", "recompute_mlp", "int8", 4, 27.80), ("full", "recompute", "int8", 1, 85.41),
+    ("lora", "recompute_mlp", "int8", 4, 27.80), ("full", "recompute", "int8", 1, 86.46),
 ]  # fmt: skip
 
 
@@ -133,10 +133,98 @@ def test_the_total_is_the_largest_moment() -> None:
     assert plan.largest.bytes == max(term.bytes for term in plan.at(plan.peak))
 
 
+def test_layers_that_are_skipped_stay_dense(tiny_llama: Any) -> None:
+    """To the byte, by the patterns of loading; of an 8B model the down projections alone are 2.6 GiB."""
+    from halfbyte.models.quantizer import layers_to_quantize
+
+    model = tiny_llama()
+    shape = ModelShape.from_config(model.config.to_dict())
+    for skip in (("*down_proj",), ("mlp",), ("q_proj", "o_proj"), ("model.layers.0",)):
+        names = [weight.name for weight in memory.packed(shape, Setting(skip=skip))]
+        assert names and sorted(names) == sorted(layers_to_quantize(model, skip))
+    more = plan_memory(LLAMA_8B, Setting(skip=("*down_proj",))).total - plan_memory(LLAMA_8B, Setting()).total
+    assert more / 2**30 == pytest.approx(2.60, abs=0.01)
+
+
+def test_the_start_of_pissa_lies_beside_its_factors(tiny_llama: Any) -> None:
+    from halfbyte.config.lora import LoraConfig
+    from halfbyte.lora.inject import inject
+
+    model = tiny_llama()
+    inject(model, LoraConfig(rank=4, init="pissa"), seed=0)
+    shape = ModelShape.from_config(model.config.to_dict())
+    real = sum(b.numel() * b.element_size() for name, b in model.named_buffers() if name.endswith(("start_a", "start_b")))
+    assert plan_memory(shape, Setting(rank=4, init="pissa")).named("start factors") == real > 0
+    assert plan_memory(shape, Setting(rank=4)).named("start factors") == 0
+
+
+@pytest.mark.parametrize("biases", ["all", "lora_only"])
+def test_trained_biases_are_counted(biases: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from halfbyte.config.lora import LoraConfig
+    from halfbyte.lora.inject import inject
+
+    config = AutoConfig.for_model(
+        "qwen2", hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=96,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    made = inject(AutoModelForCausalLM.from_config(config), LoraConfig(rank=4, train_bias=biases, targets=("q_proj", "o_proj")), seed=0)
+    setting = Setting(rank=4, train_bias=biases, targets=("q_proj", "o_proj"))
+    assert trained_params(ModelShape.from_config(config.to_dict()), setting) == made.trainable_params
+
+
+def test_a_trained_head_in_bfloat16_is_scaled_and_rounded() -> None:
+    """fp32 gradient, the same scaled, and its rounding: 4, 4 and 2 bytes; without the last in fp32."""
+    for dtype, each, width in (("bfloat16", 10, 2), ("float32", 8, 4)):
+        setting = Setting(dtype=dtype, tokens=256).with_method("full")
+        assert memory.head_bytes(LLAMA_8B, setting) == each * 128256 * 4096 + 4 * width * 4096 * 256
+
+
+def test_a_soft_cap_holds_the_scores_of_a_sample_on_a_gpu() -> None:
+    gemma = ModelShape.from_config({
+        "model_type": "gemma2", "hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 256, "vocab_size": 256000, "max_position_embeddings": 8192,
+    })  # fmt: skip
+    setting = Setting(tokens=4096, device="gpu")
+    more = memory.workspace_bytes(gemma, setting) - memory.workspace_bytes(gemma, replace(setting, device="cpu"))
+    assert more == 6 * 2**30 == memory.workspace_bytes(gemma, replace(setting, micro_batch_size=2)) - (
+        memory.workspace_bytes(gemma, replace(setting, micro_batch_size=2, device="cpu")))  # fmt: skip
+    assert memory.workspace_bytes(LLAMA_8B, setting) == memory.workspace_bytes(LLAMA_8B, replace(setting, device="cpu"))
+
+
+def test_attention_of_a_gpu_in_float32_spreads_shared_keys() -> None:
+    setting = Setting(tokens=4096, dtype="float32")
+    more = plan_memory(LLAMA_8B, replace(setting, device="gpu")).named("activations") - plan_memory(LLAMA_8B, setting).named("activations")
+    assert more == 32 * 4096 * 4 * 2 * 4096
+
+
+def test_experts_trained_whole_get_gradients_of_their_whole_size() -> None:
+    mixtral = ModelShape.from_config({
+        "model_type": "mixtral", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": 128, "max_position_embeddings": 64,
+    })  # fmt: skip
+    full = Setting(tokens=16).with_method("full")
+    same = replace(full, method="lora", rank=1)
+    more = memory.workspace_bytes(mixtral, full) - memory.working_bytes(mixtral, full)
+    assert more == 2 * 2 * 4 * 192 * 64 and memory.workspace_bytes(mixtral, same) < memory.workspace_bytes(mixtral, full)
+
+
+def test_pinned_memory_comes_in_powers_of_two() -> None:
+    """An A of 16 x 14,336 in fp32 is 896 KiB and takes a block of 1 MiB; twice for its two moments."""
+    one = Setting(paged=True, device="gpu", targets=("down_proj",), layers=(0,))
+    assert plan_memory(LLAMA_8B, one).host == 2 * (2**20 + 4 * 16 * 4096)
+    int8 = plan_memory(LLAMA_8B, replace(one, state="int8")).host
+    assert int8 == 2 * (2**18 + 2**12) + 2 * (2**16 + 2**10)
+    inputs = plan_memory(LLAMA_8B, Setting(policy="offload", device="gpu", tokens=5000)).host
+    assert inputs == 32 * 2**26 > 32 * 5000 * 4096 * 2
+
+
 def test_paged_state_is_on_the_host_of_a_gpu_only() -> None:
     on_gpu = plan_memory(LLAMA_8B, Setting(paged=True, device="gpu"))
     on_cpu = plan_memory(LLAMA_8B, Setting(paged=True))
-    assert on_gpu.named("optimizer") == 0 and on_gpu.host == on_cpu.named("optimizer") > 0 and on_cpu.host == 0
+    assert on_gpu.named("optimizer") == 0 and on_cpu.host == 0
+    assert 2 * on_cpu.named("optimizer") > on_gpu.host >= on_cpu.named("optimizer") > 0
 
 
 def test_a_tied_head_counts_once_and_experts_one_by_one() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from halfbyte.errors import EnvironmentFault, StorageError
 from halfbyte.plan import speed
-from halfbyte.plan.hardware import CARDS_GB
+from halfbyte.plan.hardware import CARDS
 from halfbyte.plan.rates import LARGEST_LAYER, PEAKS, Curve, Rates, Widths, keep, nearest_rates, rates_path, read_all, widths_of
 from halfbyte.plan.setting import Setting
 from halfbyte.shape import ModelShape
@@ -145,4 +145,4 @@ def test_rows_of_many_lengths_count_by_their_mean_and_attention_by_the_square() 
 
 
 def test_peaks_are_of_cards_that_the_table_knows() -> None:
-    assert set(PEAKS) <= set(CARDS_GB) and all(5e13 < peak < 5e15 and math.isfinite(peak) for peak in PEAKS.values())
+    assert set(PEAKS) <= set(CARDS) and all(5e13 < peak < 5e15 and math.isfinite(peak) for peak in PEAKS.values())

@@ -102,6 +102,19 @@ def test_memory_that_this_program_holds_already_is_not_counted_twice(monkeypatch
     assert planning.place_of("cpu") == Hardware("this machine's processor", "cpu", 6 << 30)
 
 
+def test_the_context_that_a_card_holds_already_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA says is free is without the context that asking makes; what this process holds on the host is the program's too."""
+    monkeypatch.setattr(planning.devices, "compute_device", lambda device: "cuda")
+    monkeypatch.setattr(planning.torch.cuda, "mem_get_info", lambda: (7 << 30, 8 << 30))
+    monkeypatch.setattr(planning.torch.cuda, "get_device_name", lambda: "NVIDIA L4")
+    monkeypatch.setattr(planning.host, "memory_bytes", lambda: (8 << 30, 5 << 30))
+    monkeypatch.setattr(planning.host, "rss_anon_bytes", lambda: 1 << 30)
+    place = planning.place_of("cuda")
+    assert place == Hardware("NVIDIA L4", "gpu", (7 << 30) + place.program_bytes, 6 << 30)
+    monkeypatch.setattr(planning.torch.cuda, "mem_get_info", lambda: (8 << 30, 8 << 30))
+    assert planning.place_of("cuda").memory_bytes == 8 << 30
+
+
 @pytest.fixture
 def long_run(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> planning.Decision:
     """A decision for a run that counts as long, on an idle machine without rates; `measure` must not be called unless a test allows it."""
