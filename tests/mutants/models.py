@@ -97,7 +97,7 @@ MUTANTS = [
         _TEST_LOAD + "test_the_users_list_is_added_to_the_defaults",
     ),
     Mutant(
-        "T56", "a pattern matches parts of words", _QUANTIZER, 'f".{pattern}." in f".{name}."', "pattern in name",
+        "T56", "a pattern matches parts of words", "halfbyte/config/patterns.py", 'f".{pattern}." in f".{name}."', "pattern in name",
         _TEST_LOAD + "test_a_name_part_is_matched_whole",
     ),
     Mutant(
