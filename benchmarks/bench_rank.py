@@ -22,7 +22,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -177,11 +177,11 @@ def trained(work: Path, name: str, rate: float, ranks: Iterable[int], each: Call
     return dict(zip(jobs, each(lambda job: train(work, name, rate, *job), jobs)))
 
 
-def sets_part(work: Path, jobs: int, rows: int) -> dict[str, Any]:
-    """The three sets, `jobs` runs at a time over all of them."""
+def sets_part(work: Path, jobs: int, rows: int, names: Sequence[str]) -> dict[str, Any]:
+    """The sets, `jobs` runs at a time over all of them."""
     prepare(work, rows)
-    with ThreadPoolExecutor(jobs) as pool, ThreadPoolExecutor(len(SETS)) as sets:
-        found = list(sets.map(lambda name: set_of(work, name, lambda task, over: list(pool.map(task, over))), SETS))
+    with ThreadPoolExecutor(jobs) as pool, ThreadPoolExecutor(len(names)) as sets:
+        found = list(sets.map(lambda name: set_of(work, name, lambda task, over: list(pool.map(task, over))), names))
     return {"rows": rows, "ranks": RANKS, "seeds": SEEDS, "sets": found, "passed": sum(one["passed"] for one in found),
             "sum": sum(one["score"] for one in found), "sum_always_16": sum(one["score_always_16"] for one in found)}  # fmt: skip
 
@@ -193,6 +193,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--draws", type=int, default=DRAWS)
     parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS, help="some of them: the result then holds no others")
     options = parser.parse_args()
     # a result of other code or other rows is never used; what trains lies below the studies and does not depend on them
     work = (options.work / f"{code_digest(without='studies')}-{options.rows}-rows").absolute()
@@ -204,7 +205,7 @@ def main() -> int:
         body["planted"] = {"commit": record.commit(), **planted_part(work, options.jobs, options.draws)}
         print(f"within a factor of 2: {body['planted']['within_factor_2']} of {body['planted']['draws']}")
     if options.part in ("sets", "all"):
-        body["sets"] = {"commit": record.commit(), **sets_part(work, options.jobs, options.rows)}
+        body["sets"] = {"commit": record.commit(), **sets_part(work, options.jobs, options.rows, options.sets)}
         for one in body["sets"]["sets"]:
             print(f"{one['set']:<18} recommended {one['recommended']:>3}  {one['above_best_percent']:+.2f} % of the best  smallest "
                   f"{one['smallest']:>3}  passed {one['passed']}")  # fmt: skip
