@@ -71,7 +71,8 @@ class Decision:
         memory = self.option.memory
         return {
             "estimate": True, "place": self.place.name, "available_bytes": self.place.memory_bytes, "predicted_peak_bytes": memory.total,
-            "verdict": self.option.verdict, "peak": memory.peak, "terms": [asdict(term) for term in memory.at(memory.peak)],
+            "verdict": self.option.verdict, "short_of": self.option.short or None, "peak": memory.peak,
+            "terms": [asdict(term) for term in memory.at(memory.peak)],
             "seconds_per_step": self.seconds_per_step, "seconds_from": self.measured,
             "chosen": [asdict(choice) for choice in self.choices],
         }  # fmt: skip
@@ -238,7 +239,7 @@ def lines(decision: Decision) -> list[tuple[str, str]]:
     if one.verdict == TIGHT:
         peak += f"; that is within the margin of error, {percent_text(place.margin)}"
     if one.verdict == NOT:
-        peak += "; more than is there"
+        peak += f"; {needed_text(one)} is more than is there" if one.short == "host" else "; more than is there"
     if not decision.certain:
         peak += "; high for transformers' own layers"
     chosen = [("chosen", f"{choice.key}={choice.value}: {choice.reason}") for choice in decision.choices]

@@ -59,6 +59,7 @@ CARDS = {
 ANOTHER = {"ti", "super", "laptop", "mobile", "max", "mig"}
 """Words that make another card of a name that has them beside a title of the table."""
 DRIVER_SECONDS = 20.0
+LEAST_BF16 = 8  # NVIDIA's compute capability from which on bfloat16 is multiplied natively
 UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6, "": 10**9}
 
 
@@ -147,9 +148,8 @@ def this_machine() -> Hardware:
     """The first accelerator that a run would see, else this machine's processor; with the memory that is free for a program now."""
     found = _driver_says()
     if found is not None:
-        name, free = found
-        title = known_as(name)
-        return Hardware(name, "gpu", free, host.memory_bytes()[1], title is None or CARDS[title].bf16)
+        name, free, native = found
+        return Hardware(name, "gpu", free, host.memory_bytes()[1], native)
     return processor()
 
 
@@ -163,12 +163,12 @@ def accelerator(name: str, free: int, total: int, own_on_host: int = 0) -> Hardw
     return Hardware(name, "gpu", min(total, free + PROGRAM_BYTES["gpu"]), host.memory_bytes()[1] + own_on_host)
 
 
-def _driver_says() -> tuple[str, int] | None:
-    """(name, free bytes) of the first accelerator that CUDA shows; None without a driver that answers, or a PyTorch that would use it."""
+def _driver_says() -> tuple[str, int, bool] | None:
+    """What `parse_driver` says of the first accelerator that CUDA shows; None without a driver that answers, or a PyTorch that uses it."""
     program = shutil.which("nvidia-smi")
     if program is None or not torch_uses_gpus():
         return None
-    asked = [program, "--query-gpu=index,uuid,name,memory.free", "--format=csv,noheader,nounits"]
+    asked = [program, "--query-gpu=index,uuid,name,memory.free,compute_cap", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(asked, capture_output=True, text=True, timeout=DRIVER_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -192,17 +192,19 @@ def built_for_gpus(version: str) -> bool:
     return re.search(r"^(?:cuda|hip)\b[^=\n]*= *['\"]", version, re.MULTILINE) is not None
 
 
-def parse_driver(text: str, visible: str | None = None) -> tuple[str, int] | None:
-    """(name, free bytes) of the first accelerator that `visible` names by number or UUID, from nvidia-smi's lines with memory in MiB.
+def parse_driver(text: str, visible: str | None = None) -> tuple[str, int, bool] | None:
+    """(name, free bytes, whether it multiplies bfloat16) of the first accelerator that `visible` names by number or UUID, from nvidia-smi's
+    lines with memory in MiB and the compute capability.
 
     Without `visible` it is the first of all; None where there is none, or nvidia-smi says nothing of use.
 
-    >>> parse_driver("0, GPU-17ab, NVIDIA L4, 22494"), parse_driver("0, GPU-17ab, NVIDIA L4, 22494", "")
-    (('NVIDIA L4', 23586668544), None)
+    >>> parse_driver("0, GPU-17ab, NVIDIA L4, 22494, 8.9"), parse_driver("0, GPU-17ab, NVIDIA L4, 22494, 8.9", "")
+    (('NVIDIA L4', 23586668544, True), None)
     """
     rows = [[cell.strip() for cell in line.split(",")] for line in text.strip().splitlines()]
     wanted = None if visible is None else visible.split(",")[0].strip()
-    for number, uuid, name, free in (row for row in rows if len(row) == 4):
+    for number, uuid, name, free, capability in (row for row in rows if len(row) == 5):
         if (wanted is None or (wanted and (number == wanted or uuid.startswith(wanted)))) and free.isdigit():
-            return name, int(free) << 20
+            major = capability.partition(".")[0]
+            return name, int(free) << 20, not major.isdigit() or int(major) >= LEAST_BF16
     return None

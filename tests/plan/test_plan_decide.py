@@ -107,7 +107,8 @@ def test_a_host_without_room_is_named_and_what_would_help() -> None:
     shape = LLAMA_8B
     asked = config(method="qlora", train={"micro_batch_size": 16, "activations": "offload"})
     decision = decide(asked, shape, Hardware("x", "gpu", 40 << 30, 4 << 30), replace(ROWS, lengths=(4096,)), "bfloat16")
-    assert (decision.option.verdict, decision.option.short) == (NOT, "host")
+    assert (decision.option.verdict, decision.option.short, decision.as_dict()["short_of"]) == (NOT, "host", "host")
+    assert "of host memory, the program included is more than is there" in dict(lines(decision))["plan"]
     with pytest.raises(DoesNotFitError, match="E-FIT-401") as caught:
         require_room(decision)
     text = str(caught.value)

@@ -146,11 +146,11 @@ def test_cards_have_what_a_program_is_shown() -> None:
 
 
 def test_what_the_driver_says_follows_what_cuda_shows() -> None:
-    text = "0, GPU-aa, Tesla T4, 15000\n1, GPU-bb, NVIDIA H100 80GB HBM3, 81000\n"
-    first, second = ("Tesla T4", 15000 << 20), ("NVIDIA H100 80GB HBM3", 81000 << 20)
+    text = "0, GPU-aa, Tesla T4, 15000, 7.5\n1, GPU-bb, NVIDIA H100 80GB HBM3, 81000, 9.0\n"
+    first, second = ("Tesla T4", 15000 << 20, False), ("NVIDIA H100 80GB HBM3", 81000 << 20, True)
     assert [parse_driver(text, visible) for visible in (None, "0", "1,0", "GPU-bb")] == [first, first, second, second]
     assert [parse_driver(text, hidden) for hidden in ("", "-1", "7")] == [None] * 3
-    assert parse_driver("No devices were found") is None and parse_driver("0, GPU-aa, Tesla T4, [N/A]") is None
+    assert parse_driver("No devices were found") is None and parse_driver("0, GPU-aa, Tesla T4, [N/A], 7.5") is None
 
 
 def test_a_driver_that_does_not_answer_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_driver_that_does_not_answer_is_none(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(hardware, "torch_uses_gpus", lambda: True)
     monkeypatch.setattr(hardware, "DRIVER_SECONDS", 0.05)
     assert hardware._driver_says() is None
-    program.write_text("#!/bin/sh\necho '0, GPU-aa, Tesla T4, 15000'\n", encoding="utf-8")
+    program.write_text("#!/bin/sh\necho '0, GPU-aa, Tesla T4, 15000, 7.5'\n", encoding="utf-8")
     monkeypatch.setattr(hardware, "DRIVER_SECONDS", 20)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     here = hardware.this_machine()
