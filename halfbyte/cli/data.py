@@ -21,9 +21,10 @@ _SETTINGS = Annotated[
 
 
 def _load(file: Path, settings: list[str] | None, model: str, template: str | None) -> tuple["TrainData", Any]:
-    """(the data as training would read it, the tokenizer)."""
+    """(the data as training would read it, the tokenizer); the words of an error are those of a look, not of a training."""
     from halfbyte.config import load_config
     from halfbyte.data.load import load_data
+    from halfbyte.errors import HalfbyteError
     from halfbyte.models.load import load_tokenizer, token_limit
     from halfbyte.models.source import resolve
 
@@ -31,7 +32,11 @@ def _load(file: Path, settings: list[str] | None, model: str, template: str | No
     config = load_config(None, overrides, {"data.path": str(file)})
     source = resolve(model)
     tokenizer = load_tokenizer(source)
-    return load_data(config.data, tokenizer, model_limit=token_limit(source), template=template), tokenizer
+    try:
+        return load_data(config.data, tokenizer, model_limit=token_limit(source), template=template), tokenizer
+    except HalfbyteError as error:
+        error.nothing_done = ""
+        raise
 
 
 def check(file: _FILE, settings: _SETTINGS = None, model: _MODEL = "starter", template: Template = None) -> None:

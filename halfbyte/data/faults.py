@@ -249,7 +249,8 @@ class Problems:
         if not self.found:
             return []
         if self.bad_rows > self.allowed:
-            raise combined(self.found)
+            files = list(dict.fromkeys(problem.file for problem in self.found))
+            raise combined(sorted(self.found, key=lambda problem: (files.index(problem.file), problem.line)))
         lines = ", ".join(f"{line:,}" for line in sorted({problem.line for problem in self.found})[:SHOWN])
         return [
             f"{self.bad_rows} bad rows of {self.found[0].file} skipped ({self.found[0].unit} {lines}): {RULES[self.found[0].code].rule}"

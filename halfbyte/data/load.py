@@ -119,7 +119,7 @@ def read_samples(
     problems = Problems(config.skip_bad_rows)
     rows = read_rows(path, max_rows=max_rows, problems=problems)
     try:
-        found = detect(rows.rows, shape, text_field=config.text_field, label_field=config.label_field)
+        found = detect(rows.rows, shape, text_field=config.text_field, label_field=config.label_field, problems=problems)
     except DataError:
         problems.settle()  # lines that cannot be read come first
         raise

@@ -119,13 +119,18 @@ def _shapes(text_field: str, label_field: str) -> dict[str, _Fields]:
     }
 
 
-def detect(rows: Sequence[Row], shape: str = "auto", *, text_field: str = "text", label_field: str = "label") -> Shape:
-    """The shape of the rows, by their field names; raises DataError when none fits, when rows differ, or when `shape` does not fit."""
+def detect(
+    rows: Sequence[Row], shape: str = "auto", *, text_field: str = "text", label_field: str = "label", problems: Problems | None = None
+) -> Shape:
+    """The shape of the rows, by their field names; raises DataError when none fits, when rows differ, or when `shape` does not fit.
+
+    With `problems`, rows of another shape than most are only noted there.
+    """
     shapes = _shapes(text_field, label_field)
     columns: Counter[str] = Counter(name for row in rows for name, value in row.values.items() if value is not None)
     if shape == "auto":
         names = [_shape_of(row, shapes) for row in rows]
-        shape = _one_shape(rows, names, columns)
+        shape = _one_shape(rows, names, columns, problems)
     fields = shapes[shape]
     if not any(set(fields.needed) <= row.values.keys() for row in rows):
         missing = [name for name in fields.needed if not columns[name]]
@@ -153,7 +158,7 @@ def _shape_of(row: Row, shapes: dict[str, _Fields]) -> str | None:
     return next((name for name, fields in shapes.items() if set(fields.needed) <= row.values.keys()), None)
 
 
-def _one_shape(rows: Sequence[Row], names: Sequence[str | None], columns: Counter[str]) -> str:
+def _one_shape(rows: Sequence[Row], names: Sequence[str | None], columns: Counter[str], problems: Problems | None) -> str:
     counts = Counter(name for name in names if name is not None)
     if not counts:
         known = ("prompt", "completion", "messages", "conversations", "instruction", "output", "text")
@@ -169,24 +174,29 @@ def _one_shape(rows: Sequence[Row], names: Sequence[str | None], columns: Counte
                 remedy=remedy,
             )
         )
-    if len(counts) > 1:
-        first = next(name for name in names if name is not None)
-        other = next(number for number, name in enumerate(names) if name not in (None, first))
-        row = rows[other]
+    (usual, _), *others = counts.most_common()
+    if others:
+        bad = Problems() if problems is None else problems
         each = ", ".join(f"{count:,} {name}" for name, count in counts.items())
-        found = f"{row.unit} {row.line:,} is {names[other]}, those before are {first} ({each})"
-        raise error_of(Problem("E-DATA-041", row.file, row.line, unit=row.unit, found=found))
-    return counts.most_common(1)[0][0]
+        for row, name in zip(rows, names, strict=True):
+            if name not in (None, usual):
+                bad.add(Problem("E-DATA-041", row.file, row.line, unit=row.unit, found=f"{name}, most rows are {usual} ({each})"))
+        if problems is None:
+            bad.settle()
+    return usual
 
 
 def samples_of(rows: Sequence[Row], shape: Shape, *, skip_bad_rows: int = 0, problems: Problems | None = None) -> list[Sample]:
     """The samples of all rows; every problem of the file is told in one DataError, up to `skip_bad_rows` bad rows are left out.
 
-    With `problems`, bad rows are only noted there, for the caller to settle.
+    With `problems`, bad rows are only noted there, for the caller to settle; rows that are noted already are not read.
     """
     bad = Problems(skip_bad_rows) if problems is None else problems
+    noted = {(problem.file, problem.line) for problem in bad.found}
     samples: list[Sample] = []
     for number, row in enumerate(rows):
+        if (row.file, row.line) in noted:
+            continue
         before = len(bad.found)
         sample = READERS[shape.name](_Reader(row, number, bad), shape)
         if sample is not None and len(bad.found) == before:

@@ -1,8 +1,11 @@
 """The border of the command line: help at once, one block for an error, one exit code, no secret and no escape sequence on the screen."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,7 @@ def test_the_commands_page_is_that_of_the_program() -> None:
         (CheckpointError("r", code="E-CKPT-999"), 4),
         (StorageError("r", code="E-STORE-999"), 5), (NumericError("r", code="E-NUM-999"), 6), (DoesNotFitError("r", code="E-FIT-999"), 7),
         (Interrupted("r", code="E-STOP-999", exit_code=143), 143), (KeyboardInterrupt(), 130), (ZeroDivisionError("oh"), 1),
+        (MemoryError(), 7), (OSError(12, "Cannot allocate memory"), 7),
     ],
 )  # fmt: skip
 def test_one_block_and_one_exit_code(
@@ -58,6 +62,35 @@ def test_one_block_and_one_exit_code(
         assert "this is a bug" in shown.err and "ZeroDivisionError: oh" in shown.err and "halfbyte --debug train x.yaml" in shown.err
     main.run(["train", "--debug", "x.yaml"])
     assert ("Traceback" in capsys.readouterr().err) == (code != 130)
+
+
+def test_a_command_without_memory_says_what_is_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def train(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("halfbyte.config.load_config", train)
+    assert main.run(["train", "x.yaml"]) == 7
+    shown = capsys.readouterr().err
+    assert shown.startswith("error E-FIT-404") and "GiB" in shown and "E-BUG" not in shown
+
+
+@pytest.mark.parametrize(
+    "words", [["rank", "--data", "ROWS"], ["quantize", "starter", "--out", "OUT", "--calibrate", "ROWS"], ["train", "--data", "ROWS"]]
+)
+def test_ctrl_c_is_answered_in_one_line(words: list[str], tmp_path: Path) -> None:
+    """The rows come from a pipe that never ends, so the signal meets the command in the middle of its work."""
+    rows = tmp_path / "rows.jsonl"
+    os.mkfifo(rows)
+    named = [{"ROWS": str(rows), "OUT": str(tmp_path / "out")}.get(word, word) for word in words]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "halfbyte", *named, *(["--model", "starter"] if words[0] != "quantize" else [])],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with rows.open("w"):  # opens when the command reads
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and out == "" and err.strip().splitlines()[-1] == "stopped by Ctrl-C" and "Traceback" not in err
 
 
 def test_errors_show_no_secret_and_no_escape_sequence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,3 +170,11 @@ def test_ordinary_text_is_left_alone() -> None:
         redact.terminal(json.dumps({"a": "ä\n\tb"}, ensure_ascii=False) + "ä\n\tb")
         == json.dumps({"a": "ä\n\tb"}, ensure_ascii=False) + "ä\n\tb"
     )
+
+
+def test_a_look_at_data_does_not_say_that_nothing_was_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str], starter: object) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "Hi", "completion": "Hello"}\n{"prompt": "Hi"}\n', encoding="utf-8")
+    assert main.run(["data", "check", str(path)]) == 2
+    told = capsys.readouterr().err
+    assert "E-DATA-043" in told and "trained" not in told

@@ -18,7 +18,7 @@ from halfbyte.data import show
 from halfbyte.data.load import TrainData, load_data
 from halfbyte.data.rows import read_rows
 from halfbyte.data.samples import ClassSample, Conversation, TextSample, TokenSample, detect, samples_of
-from halfbyte.errors import EnvironmentFault
+from halfbyte.errors import DataError, EnvironmentFault
 from tests.data.conftest import dressed, words
 
 PAIRS = [{"prompt": f"what is {word}", "completion": f"it is {word[::-1]}"} for word in words(5, 40)]
@@ -166,8 +166,12 @@ def test_samples_have_their_kind() -> None:
     from halfbyte.data.rows import Row
 
     kinds = {"tokens": TokenSample, "classification": ClassSample, "text": TextSample, "messages": Conversation}
-    rows = {"tokens": {"input_ids": [3, 4], "labels": [-100, 4]}, "classification": {"text": "a", "label": 1}, "text": {"text": "a"},
-            "messages": {"messages": CHAT}}
+    rows = {
+        "tokens": {"input_ids": [3, 4], "labels": [-100, 4]},
+        "classification": {"text": "a", "label": 1},
+        "text": {"text": "a"},
+        "messages": {"messages": CHAT},
+    }
     for name, values in rows.items():
         shape = detect([Row(values, "f", 1)])
         assert shape.name == name and isinstance(samples_of([Row(values, "f", 1)], shape)[0], kinds[name])
@@ -347,3 +351,18 @@ def test_real_data(name: str, shared_data: Callable[[str], Path], chatml: Any) -
     for one, row in zip(data.train, rows):
         wanted = row.values["completion"] if "completion" in row.values else row.values["messages"][-1]["content"]
         assert chatml.decode([label for label in one.labels if label != -100]) == wanted + "<|im_end|>"
+
+
+def test_every_problem_of_a_file_is_told_in_one_block_in_the_order_of_its_lines(tmp_path: Path, chatml: Any) -> None:
+    good = json.dumps({"prompt": "Hi", "completion": "Hello"})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([good, '{"prompt": "Hi"}', '{"text": "Hi"}', '{"prompt": "Hi"', good, good]) + "\n", encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        load_data(DataConfig(path=str(path), eval_rows=0), chatml)
+    told = caught.value.text()
+    assert caught.value.place.endswith("line 2, field completion")
+    assert (
+        told.index("also line 3: text, most rows are prompt-completion") < told.index("also line 4: column")
+        and "3 problems in 3 rows" in told
+    )
+    assert len(load_data(DataConfig(path=str(path), eval_rows=0, skip_bad_rows=3), chatml).train) == 3
