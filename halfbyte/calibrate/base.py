@@ -34,7 +34,7 @@ from halfbyte.lora.variants import scaling_of
 from halfbyte.models.calibrated_base import START
 from halfbyte.models.load import choose_dtype, load_model, load_tokenizer
 from halfbyte.models.quantizer import layers_to_quantize
-from halfbyte.models.save import save_quantized
+from halfbyte.models.save import move_in, save_quantized
 from halfbyte.models.source import Source, folder_digest
 from halfbyte.quant import blockwise
 from halfbyte.quant.dense import dense_weight
@@ -136,40 +136,32 @@ def _put(model: nn.Module, name: str, made: CalibratedLayer | None, quant: Quant
     return quality
 
 
-def write_base(source: Source, rows: Sequence[Sequence[int]], out: Path, how: Calibration) -> Quality:
-    """Calibrate the model of `source` and write the folder, over one that is there.
+def write_base(source: Source, rows: Sequence[Sequence[int]], out: Path, how: Calibration, *, over: bool = True) -> Quality:
+    """Calibrate the model of `source` and write the folder; `over` one that is there, or to a new place only.
 
     Raises DoesNotFitError, ModelError, NumericError, StorageError, TargetError.
     """
     settings = how.model
-    _require_room(settings, source.folder)
-    _require_writable(out)
+    require_room(settings, source.folder)
+    require_writable(out)
     model = load_model(
         source, dtype=settings.dtype, quant=QuantConfig(format="none"), task=settings.task, labels=settings.labels,
         attention=settings.attention,
     )  # fmt: skip
     quality, factors = calibrate(model, rows, how.quant, how.lora, seed=how.seed)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        with _workplace(out) as temporary:
             made = save_quantized(model, load_tokenizer(source), Path(temporary) / "new")
             (made / REPORT).write_text(json.dumps(quality.as_dict(), indent=1) + "\n", encoding="utf-8")
             if how.lora is not None:
                 _write_start(model, made, out, how, factors)
-            before = Path(temporary) / "old"
-            if out.exists():
-                out.rename(before)
-            try:
-                made.rename(out)
-            except OSError:
-                if before.exists():
-                    before.rename(out)
-                raise
+            move_in(made, out, Path(temporary) / "old", over=over)
     except OSError as fault:
         raise _unwritable(fault, out) from fault
     return quality
 
 
-def _require_room(model: ModelConfig, folder: Path) -> None:
+def require_room(model: ModelConfig, folder: Path) -> None:
     """Raise DoesNotFitError where the dense weights alone are more than what is free; calibrating holds them and their packed form."""
     try:
         shape = ModelShape.read(folder)
@@ -187,13 +179,23 @@ def _require_room(model: ModelConfig, folder: Path) -> None:
         )  # fmt: skip
 
 
-def _require_writable(out: Path) -> None:
+def require_writable(out: Path) -> None:
     """Calibrating takes long: whether its result can be written is tried first."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent).cleanup()
+        _workplace(out).cleanup()
     except OSError as fault:
         raise _unwritable(fault, out) from fault
+
+
+def _workplace(out: Path) -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent)
+
+
+def unfinished(out: Path) -> list[Path]:
+    """Folders in which a calibration for `out` is at work, or was when it was killed."""
+    named = [path for path in out.parent.iterdir() if path.name.startswith(f".{out.name}-")]
+    return sorted(path for path in named if path.is_dir() and not path.is_symlink())
 
 
 def _unwritable(fault: OSError, out: Path) -> StorageError:

@@ -121,7 +121,7 @@ def merge_to_folder(
     opened.model.to(DTYPES[dtype])  # type: ignore[arg-type]  # transformers' wrapper hides the signature
     if opened.template_path is not None:
         opened.tokenizer.chat_template = opened.template.source
-    save_dense(opened.model, opened.tokenizer, out)
+    save_dense(opened.model, opened.tokenizer, out, over=False)
     count, error, untied = report.count, report.rounding_error, report.untied
     base = opened.source.name
     del opened, report

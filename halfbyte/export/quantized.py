@@ -62,7 +62,6 @@ class Quantized:
         ]
         return "\n".join([*lines, *(f"  {percent_text(error):>8}  {name}" for name, error in self.errors[:5])])
 
-
     def _calibrated_text(self, quality: Quality) -> str:
         lines = [
             f"{self.layers} layers in {self.format}: {self.out}",
@@ -121,16 +120,17 @@ def quantize_to_folder(
         raise ModelError("a model is quantized from 16 or 32 bits", code="E-MODEL-045", place=str(source.folder),
                          found=f"a folder that is already in {packed.format}", remedy="name the model's 16-bit folder",
                          nothing_done="Nothing was written.")  # fmt: skip
+    before = folder.size_of(source.folder)  # now: `out` may be a folder in it
     if rows is not None:
         quality = _calibrate(source, out, quant, rows)
         layers = len(quality.layers)
-        return Quantized(out, format, layers, folder.size_of(source.folder), folder.size_of(out), (), quality)
+        return Quantized(out, format, layers, before, folder.size_of(out), (), quality)
     loaded = load_model(source, quant=quant)
     layers = len(list(surgery.modules_of(loaded, lambda _, module: isinstance(module, (QuantLinear, QuantExperts)))))
     errors = relative_errors(loaded, source)
-    save_quantized(loaded, load_tokenizer(source), out)
+    save_quantized(loaded, load_tokenizer(source), out, over=False)
     worst = tuple(sorted(errors, key=lambda entry: -entry[1]))
-    return Quantized(out, format, layers, folder.size_of(source.folder), folder.size_of(out), worst)
+    return Quantized(out, format, layers, before, folder.size_of(out), worst)
 
 
 def _calibrate(source: Source, out: Path, quant: QuantConfig, rows: Rows) -> Quality:
@@ -144,7 +144,8 @@ def _calibrate(source: Source, out: Path, quant: QuantConfig, rows: Rows) -> Qua
     require_task(data, classify=task == "sequence-classification", place=str(rows.path))
     chosen = choose_rows([row.input_ids for row in data.train], rows.count, rows.seed, str(rows.path))
     lora = make(LoraConfig, {"rank": rows.start_rank, "alpha": 2 * rows.start_rank}, "lora") if rows.start_rank else None
-    return write_base(source, chosen, out, Calibration(quant, lora, make(ModelConfig, {"task": task}, "model"), rows.seed))
+    how = Calibration(quant, lora, make(ModelConfig, {"task": task}, "model"), rows.seed)
+    return write_base(source, chosen, out, how, over=False)
 
 
 def relative_errors(model: nn.Module, source: Source) -> list[tuple[str, float]]:

@@ -9,6 +9,7 @@ does not.  The folder appears whole or not at all: it is written beside its plac
 """
 
 import copy
+import errno
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,8 +30,11 @@ from halfbyte.quant.linear import QuantLinear
 SHARD_BYTES = 4 << 30
 
 
-def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> Path:
-    """Write a model without packed layers and adapters; returns the folder.  Raises ModelError, StorageError."""
+def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str, *, over: bool = True) -> Path:
+    """Write a model without packed layers and adapters; returns the folder.  Raises ModelError, StorageError.
+
+    over  whether a model folder that is there may be replaced
+    """
     packed = [name for name, module in model.named_modules() if isinstance(module, (QuantLinear, QuantExperts))]
     if packed:
         raise ModelError(
@@ -38,11 +42,14 @@ def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
             remedy="merge first, or write it with save_quantized",
         )  # fmt: skip
     _refuse_adapters(model)
-    return _write(model, tokenizer, Path(folder), _reverted(model, _unshared(model)), _config(model))
+    return _write(model, tokenizer, Path(folder), _reverted(model, _unshared(model)), _config(model), over)
 
 
-def save_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> Path:
-    """Write a packed model in bitsandbytes' format, which transformers + bitsandbytes loads with equal dequantized bits."""
+def save_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str, *, over: bool = True) -> Path:
+    """Write a packed model in bitsandbytes' format, which transformers + bitsandbytes loads with equal dequantized bits.
+
+    over  whether a model folder that is there may be replaced
+    """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     formats = {module.format for module in layers.values()}
     if len(formats) != 1:
@@ -65,7 +72,7 @@ def save_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, f
     config.quantization_config = bnb4bit.quantization_config_json(
         first.format, double_quant=first.absmax2 is not None, compute_dtype=first.compute_dtype or first.dtype, skip=tuple(dense)
     )
-    return _write(model, tokenizer, Path(folder), _reverted(model, tensors), config)
+    return _write(model, tokenizer, Path(folder), _reverted(model, tensors), config, over)
 
 
 def _put_dense(tensors: dict[str, Tensor], name: str, module: QuantExperts) -> None:
@@ -131,10 +138,11 @@ def _config(model: PreTrainedModel) -> PretrainedConfig:
 
 
 def _write(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, tensors: Mapping[str, Tensor], config: PretrainedConfig
-) -> Path:
-    """All files into a new folder beside `folder`, then the rename; an older model folder of that name is replaced."""
-    if folder.exists() and not _replaceable(folder):
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, tensors: Mapping[str, Tensor], config: PretrainedConfig,
+    over: bool,
+) -> Path:  # fmt: skip
+    """All files into a new folder beside `folder`, then the rename; where `over`, an older model folder of that name is replaced."""
+    if over and folder.exists() and not _replaceable(folder):
         raise StorageError(
             "a model is written to a new folder, or over a model folder", code="E-STORE-050", place=str(folder), found="other files in it",
             remedy="name another folder", nothing_done="Nothing was written.",
@@ -148,15 +156,33 @@ def _write(
             config.save_pretrained(staging)
             _write_generation(model, tokenizer, staging)
             tokenizer.save_pretrained(staging)
-            if folder.exists():
-                folder.rename(Path(temporary) / "old")
-            staging.rename(folder)
+            move_in(staging, folder, Path(temporary) / "old", over=over)
     except OSError as fault:
         raise StorageError(
             "the model folder must be writable and have room", code="E-STORE-051", place=str(folder),
             found=f"{type(fault).__name__}: {fault.strerror or fault}", remedy="free some space, or name another folder",
         ) from fault  # fmt: skip
     return folder
+
+
+def move_in(made: Path, folder: Path, aside: Path, *, over: bool) -> None:
+    """Give `made` the name `folder`.  Where `over`, what is there is moved `aside`, and back if that fails; else it is never touched.
+
+    Raises OSError, and StorageError for files that came to `folder` in the meantime.
+    """
+    if over and folder.exists():
+        folder.rename(aside)
+    try:
+        made.rename(folder)  # the system refuses a folder with files in it, so of two that write at once the second is told
+    except OSError as fault:
+        if aside.exists():
+            aside.rename(folder)
+        if over or fault.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise StorageError(
+            "an export never overwrites", code="E-STORE-052", place=str(folder), found="something that was not there at the beginning",
+            remedy="keep what is there, or name another folder with --out", nothing_done="Nothing was written.",
+        ) from fault  # fmt: skip
 
 
 def _replaceable(folder: Path) -> bool:

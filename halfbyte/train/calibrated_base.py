@@ -1,13 +1,25 @@
 """quant.calibrate: make the calibrated base of a run from its training rows before the model is loaded, or find the one it made.
 
-    true    <out>/base and <out>/base/start, from data.train; the adapter begins there unless lora.init was written
-    auto    true where 4 bits are known to cost something (halfbyte/plan/four_bits.py); the reason is logged
-    false   the default: calibrating needs the model in 16 or 32 bits in memory once, which plain quantizing never does
+true    <out>/base and <out>/base/start, from data.train; the adapter begins there unless lora.init was written
+auto    true where 4 bits are known to cost something (halfbyte/plan/four_bits.py); the reason is logged
+false   the default: calibrating needs the model in 16 or 32 bits in memory once, which plain quantizing never does
 """
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from halfbyte.calibrate.base import LEAST_ROWS, LEAST_TOKENS, Calibration, choose_rows, write_base
+from halfbyte.calibrate.base import (
+    LEAST_ROWS,
+    LEAST_TOKENS,
+    Calibration,
+    choose_rows,
+    require_room,
+    require_writable,
+    unfinished,
+    write_base,
+)
 from halfbyte.config.run import RunConfig
 from halfbyte.data.load import TrainData
 from halfbyte.errors import ModelError, UnsupportedError
@@ -16,6 +28,7 @@ from halfbyte.models.calibrated_base import BASE, base_of_run
 from halfbyte.models.source import Source, resolve
 from halfbyte.plan.four_bits import worth_calibrating
 from halfbyte.shape import ModelShape
+from halfbyte.train.run_lock import RunLock
 
 
 def with_calibrated_base(config: RunConfig, source: Source, data: TrainData, *, resume: bool = False) -> tuple[RunConfig, Path | None]:
@@ -33,11 +46,23 @@ def with_calibrated_base(config: RunConfig, source: Source, data: TrainData, *, 
     rows = choose_rows([row.input_ids for row in data.train], config.quant.calibration_rows, config.train.seed, config.data.path)
     quant = config.quant.model_copy(update={"format": config.quant_format})
     lora = config.lora if config.lora.init == "calibrated" else None
+    require_room(config.model, source.folder)
     logger().info("calibrating the base on %d training rows, once", len(rows))
-    quality = write_base(source, rows, out, Calibration(quant, lora, config.model, config.train.seed))
+    with _only_writer(out):
+        quality = write_base(source, rows, out, Calibration(quant, lora, config.model, config.train.seed))
     for line in quality.text().splitlines():
         logger().info("base: %s", line)
     return config, out
+
+
+@contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """Alone in the run's folder, without what a calibration that was killed has left there.  Raises CheckpointError, StorageError."""
+    require_writable(out)
+    with RunLock(out.parent):
+        for left in unfinished(out):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
 
 
 def settled(config: RunConfig) -> RunConfig:

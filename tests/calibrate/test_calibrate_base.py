@@ -1,6 +1,7 @@
 """A calibrated folder: plain to every reader, nearer to the model than plain NF4, judged on rows that were not fitted."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from halfbyte.calibrate.moments import Moments, Seen
 from halfbyte.calibrate.quality import LayerQuality, Quality
 from halfbyte.config import LoraConfig, ModelConfig, QuantConfig
 from halfbyte.errors import ConfigError, DataError, HalfbyteError, ModelError, NumericError, StorageError
+from halfbyte.export import quantized
+from halfbyte.export.folder import size_of
 from halfbyte.lora.inject import updates
-from halfbyte.models.load import load_model
+from halfbyte.models.load import load_model, load_tokenizer
 from halfbyte.models.source import resolve
 from halfbyte.quant import blockwise
 from halfbyte.quant.dense import dense_weight
@@ -228,6 +231,33 @@ def test_what_cannot_be_calibrated_is_refused(folder: Path, tmp_path: Path, opti
         hb.quantize(folder / given.pop("model", "model"), tmp_path / "out", **given)
     assert caught.value.code.startswith(code) and isinstance(caught.value, ConfigError | DataError | ModelError)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"calibrate": True}, {"calibrate": True, "start_rank": 4}])
+def test_of_two_that_write_to_one_place_the_second_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """The first has finished while the second was at work: its files stay as they are."""
+
+    def meanwhile(source: Any) -> Any:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "config.json").write_text("of the first")
+        return load_tokenizer(source)
+
+    for module in (base_module, quantized):
+        monkeypatch.setattr(module, "load_tokenizer", meanwhile)
+    with pytest.raises(StorageError, match="E-STORE-052"):
+        hb.quantize(folder / "model", tmp_path / "out", **({**options, "calibrate": folder / "rows.jsonl"} if options else {}))
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["out", "out/config.json"]
+    assert (tmp_path / "out" / "config.json").read_text() == "of the first"
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_a_folder_inside_the_model_is_not_counted_with_it(folder: Path, tmp_path: Path, calibrate: bool) -> None:
+    shutil.copytree(folder / "model", tmp_path / "model")
+    before = size_of(tmp_path / "model")
+    made = hb.quantize(tmp_path / "model", tmp_path / "model" / "sub", calibrate=folder / "rows.jsonl" if calibrate else None)
+    assert made.bytes_before == before and made.bytes_after == size_of(tmp_path / "model" / "sub")
 
 
 def test_where_nothing_can_be_written_nothing_is_calibrated(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import halfbyte as hb
 from halfbyte import host
 from halfbyte.config import load_config
 from halfbyte.data.load import TrainData, load_data
-from halfbyte.errors import AdapterError, ConfigError, DoesNotFitError, HalfbyteError, ModelError
+from halfbyte.errors import AdapterError, CheckpointError, ConfigError, DoesNotFitError, HalfbyteError, ModelError
 from halfbyte.evaluate.opened import open_model
 from halfbyte.formats import peft
 from halfbyte.lora.inject import updates
@@ -22,6 +22,7 @@ from halfbyte.models.source import resolve
 from halfbyte.train import calibrated_base
 from halfbyte.train.calibrated_base import decide
 from halfbyte.train.faults import FaultStop
+from halfbyte.train.run_lock import RunLock
 from tests.end_to_end.tiny_world import rows, write_model, write_rows
 from tests.train.small_run import clear_faults
 
@@ -181,3 +182,14 @@ def test_auto_calibrates_where_four_bits_are_known_to_cost(world: Path, tmp_path
     assert says(few)[0] is False
     run = train(world, tmp_path / "run", quant={"calibrate": "auto"})
     assert run.config.quant.calibrate is True and (tmp_path / "run" / "base").is_dir()
+
+
+def test_what_a_killed_calibration_left_in_the_run_goes_and_one_at_work_is_left(world: Path, tmp_path: Path) -> None:
+    left = tmp_path / "run" / ".base-abcd1234" / "new"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(bytes(100))
+    with RunLock(tmp_path / "run"), pytest.raises(CheckpointError, match="E-CKPT-003"):  # another process is calibrating here
+        train(world, tmp_path / "run")
+    assert left.is_dir()
+    train(world, tmp_path / "run")
+    assert not left.parent.exists() and (tmp_path / "run" / "base" / "config.json").is_file()
