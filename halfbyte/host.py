@@ -5,10 +5,12 @@ what the program itself allocated.  A model file that is mapped and read shows i
 stated as RssAnon and whole runs as peak RSS.  Source of the fields: https://man7.org/linux/man-pages/man5/proc_pid_status.5.html
 """
 
+import errno
 import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -33,7 +35,8 @@ _WATCHED_FLAGS = (
     "i8mm",
 )
 
-CONTROL_GROUP = Path("/sys/fs/cgroup")
+CONTROL_GROUP, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+ALLOCATOR_TEXTS = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
 NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 """Instruction sets that multiply bfloat16."""
 
@@ -55,26 +58,60 @@ def _cgroup_quota() -> int | None:
 
 
 def memory_bytes() -> tuple[int, int]:
-    """(total, available) bytes of main memory, the smaller of the machine's and the control group's limit.
+    """(total, available) bytes of main memory: the smallest of the machine's, of the control groups' and of `ulimit -v`.
 
-    Pages of files that the system keeps for the group count as available: it drops them when memory is asked for.
+    Pages of files that the system keeps for a group count as available: it drops them when memory is asked for.
     """
     seen = psutil.virtual_memory()
-    total, available = int(seen.total), int(seen.available)
-    limit, used = CONTROL_GROUP / "memory.max", CONTROL_GROUP / "memory.current"
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-        total = min(total, int(text))
-        held = int(used.read_text()) - _file_pages(CONTROL_GROUP / "memory.stat")
-        available = min(available, max(0, int(text) - held))
-    return total, available
+    limits = [(int(seen.total), int(seen.available)), *_group_limits()]
+    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if soft != resource.RLIM_INFINITY:
+        limits.append((soft, max(0, soft - int(psutil.Process().memory_info().vms))))
+    return min(total for total, _ in limits), min(available for _, available in limits)
 
 
-def _file_pages(path: Path) -> int:
+def _group_limits() -> Iterator[tuple[int, int]]:
+    """(limit, what is left of it) of this process's control group for memory and of each group around it."""
+    for root, path, (limit, used, file_pages) in _memory_groups():
+        for folder in (root / path, *(root / path).parents):
+            if not folder.is_relative_to(root):
+                break
+            if (folder / limit).is_file() and (folder / used).is_file() and (text := (folder / limit).read_text().strip()) != "max":
+                held = int((folder / used).read_text()) - _file_pages(folder / "memory.stat", file_pages)
+                yield int(text), max(0, int(text) - held)
+
+
+def _memory_groups() -> Iterator[tuple[Path, str, tuple[str, str, tuple[str, str]]]]:
+    """(root, path below it, names of files) of each tree of control groups that may limit memory.
+
+    A line of /proc/self/cgroup is `number:controllers:path`; in version 2 number is 0.  In a container the path may be one that it does
+    not see, and then the root is its own group.  Source: https://man7.org/linux/man-pages/man7/cgroups.7.html
+    """
+    lines = OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else []
+    for line in lines or ["0::/"]:
+        number, controllers, path = [*line.split(":", 2), "", ""][:3]
+        inside = "/".join(part for part in path.split("/") if part not in ("", ".."))
+        if number == "0":
+            yield CONTROL_GROUP, inside, ("memory.max", "memory.current", ("inactive_file", "active_file"))
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+            yield CONTROL_GROUP / "memory", inside, names
+
+
+def _file_pages(path: Path, names: tuple[str, str]) -> int:
     """Bytes of file pages in a control group's memory.stat; 0 where there is none."""
     if not path.is_file():
         return 0
     fields = dict(line.split() for line in path.read_text().splitlines() if len(line.split()) == 2)
-    return sum(int(fields.get(name, 0)) for name in ("inactive_file", "active_file"))
+    return sum(int(fields.get(name, 0)) for name in names)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for Python's, the system's, PyTorch's and an accelerator's out-of-memory errors, told apart without torch."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    return named or (isinstance(error, RuntimeError | OSError | ImportError) and any(text in str(error) for text in ALLOCATOR_TEXTS))
 
 
 def processor() -> tuple[str, tuple[str, ...]]:

@@ -99,6 +99,7 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 def test_a_control_groups_limit_counts_and_its_file_pages_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A container that has read a large model file is not out of memory: the pages of the file go when others are asked for."""
     monkeypatch.setattr(host, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(host, "OWN_GROUPS", tmp_path / "none")
     monkeypatch.setattr(host.psutil, "virtual_memory", lambda: SimpleNamespace(total=64 << 30, available=60 << 30))
     assert host.memory_bytes() == (64 << 30, 60 << 30)
     (tmp_path / "memory.max").write_text(f"{8 << 30}\n")
@@ -108,3 +109,54 @@ def test_a_control_groups_limit_counts_and_its_file_pages_are_free(tmp_path: Pat
     assert host.memory_bytes() == (8 << 30, 6 << 30)
     (tmp_path / "memory.max").write_text("max\n")
     assert host.memory_bytes() == (64 << 30, 60 << 30)
+
+
+def _group(folder: Path, names: tuple[str, str], limit: str, used: int, stat: str = "") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in zip((*names, "memory.stat"), (limit, str(used), stat)):
+        (folder / name).write_text(text + "\n")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("path", ["/job/step", "/../job/step"])
+def test_the_tightest_of_nested_control_groups_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, path: str) -> None:
+    """A job's limit binds all its steps, and a step's own limit may be wider."""
+    root = tmp_path / "memory" if version == 1 else tmp_path
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    prefix, none = ("total_", "9223372036854771712") if version == 1 else ("", "max")
+    (tmp_path / "cgroup").write_text("9:name=systemd:/\n4:memory,pids:" + path + "\n0::/\n" if version == 1 else f"0::{path}\n")
+    monkeypatch.setattr(host, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(host, "OWN_GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(host.psutil, "virtual_memory", lambda: SimpleNamespace(total=64 << 30, available=60 << 30))
+    assert host.memory_bytes() == (64 << 30, 60 << 30)
+    _group(root, names, none, 50 << 30)
+    _group(root / "job" / "step", names, str(16 << 30), 1 << 30)
+    assert host.memory_bytes() == (16 << 30, 15 << 30)
+    _group(root / "job", names, str(8 << 30), 7 << 30, f"{prefix}inactive_file {4 << 30}\n{prefix}active_file {1 << 30}")
+    assert host.memory_bytes() == (8 << 30, 6 << 30)
+    (tmp_path / "cgroup").write_text("4:memory:/elsewhere\n" if version == 1 else "0::/elsewhere\n")  # a path that a container does not see
+    _group(root, names, str(32 << 30), 2 << 30)
+    assert host.memory_bytes() == (32 << 30, 30 << 30)
+
+
+def test_a_limit_of_the_shell_counts_less_what_is_mapped() -> None:
+    code = (
+        "import resource\n"
+        "from halfbyte import host\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))\n"
+        "total, available = host.memory_bytes()\n"
+        "assert total == 2 << 30 and 1 << 30 < available < 2 << 30, (total, available)\n"
+        "block = bytearray(512 << 20)\n"
+        "assert available - host.memory_bytes()[1] >= 512 << 20\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), OSError(12, "Cannot allocate memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ImportError("libtorch.so: failed to map segment: Cannot allocate memory"), torch.OutOfMemoryError("CUDA"),
+])  # fmt: skip
+def test_every_kind_of_no_memory_is_known(error: Exception) -> None:
+    assert host.is_out_of_memory(error)
+    assert not host.is_out_of_memory(type(error)("other")) or isinstance(error, MemoryError | torch.OutOfMemoryError)

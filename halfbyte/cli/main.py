@@ -8,16 +8,21 @@ Exit codes: 0 ok, 1 a bug of this program, 2 bad input, 3 environment, 4 resume 
 """
 
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any, TextIO
 
 import typer
 
-from halfbyte import redact
+from halfbyte import host, redact
 from halfbyte.cli import chat, compare, data, doctor, evaluate, generate, lr, merge, plan, quantize, quickstart, rank, train
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import DoesNotFitError, HalfbyteError, Terminated
+from halfbyte.units import bytes_text
 
 app = typer.Typer(
     name="halfbyte",
@@ -65,27 +70,74 @@ def run(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        command().main(args=arguments, prog_name="halfbyte")
+        with _terminated():
+            command().main(args=arguments, prog_name="halfbyte")
     except SystemExit as leaving:
+        if (stop := _stop_behind(leaving)) is not None:
+            return _stopped(stop)
         return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except HalfbyteError as error:
         if debug:
             traceback.print_exc()
         _say(error.text())
         return error.exit_code
-    except KeyboardInterrupt:
-        _say("stopped by Ctrl-C")
-        return 130
+    except KeyboardInterrupt as stop:
+        return _stopped(stop)
     except Exception as error:  # the border: whatever was not foreseen is a bug, and is said to be one
         if debug:
             traceback.print_exc()
+        if host.is_out_of_memory(error):
+            lacking = _no_memory(error)
+            _say(lacking.text())
+            return lacking.exit_code
         _say(_bug(error, arguments))
         return 1
     return 0
 
 
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """SIGTERM as an exception, so that a command can end its processes; a training has handlers of its own meanwhile."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _stop_behind(leaving: BaseException) -> KeyboardInterrupt | None:
+    """The KeyboardInterrupt of which typer has made an exit."""
+    earlier = leaving.__cause__ or leaving.__context__
+    return earlier if earlier is None or isinstance(earlier, KeyboardInterrupt) else _stop_behind(earlier)
+
+
+def _stopped(stop: KeyboardInterrupt) -> int:
+    by_signal = isinstance(stop, Terminated)
+    _say("stopped by SIGTERM" if by_signal else "stopped by Ctrl-C")
+    return 143 if by_signal else 130
+
+
 def _say(text: str) -> None:
     print(redact.terminal(redact.secrets(text)), file=sys.stderr, flush=True)
+
+
+def _no_memory(error: Exception) -> DoesNotFitError:
+    total, available = host.memory_bytes()
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return DoesNotFitError(
+        "what a command works with must fit into memory", code="E-FIT-404",
+        place=f"{last.name} in {last.filename.rpartition('/')[2]}, line {last.lineno}",
+        found=f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no memory'])[0][:200]}",
+        expected=f"more than what is left: {bytes_text(available)} of {bytes_text(total)}",
+        remedy="see what fits with `halfbyte plan`, or use a larger machine; a limit of the shell is shown by `ulimit -v`",
+    )  # fmt: skip
 
 
 def _bug(error: Exception, arguments: Sequence[str]) -> str:

@@ -14,4 +14,5 @@ ForceBase = Annotated[bool, typer.Option("--force-base", help="Accept an adapter
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 always takes the likeliest token.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens that make up this share.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the sampling.")]
+MOST_SEED = 2**63 - 1
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the sampling.", min=0, max=MOST_SEED)]

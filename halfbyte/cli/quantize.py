@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.options import AllowDownload, Template
+from halfbyte.cli.options import MOST_SEED, AllowDownload, Template
 
 
 def quantize(
@@ -21,7 +21,7 @@ def quantize(
         int, typer.Option("--start-rank", help="With --calibrate: write the low-rank start of this rank too (0: none).", min=0)
     ] = 0,
     calibration_rows: Annotated[int, typer.Option("--calibration-rows", help="With --calibrate: rows that are read.", min=1)] = 128,
-    seed: Annotated[int, typer.Option("--seed", help="With --calibrate: which rows are drawn.", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="With --calibrate: which rows are drawn.", min=0, max=MOST_SEED)] = 0,
     template: Template = None,
     allow_download: AllowDownload = False,
 ) -> None:

@@ -5,12 +5,14 @@ from typing import Annotated
 
 import typer
 
+from halfbyte.cli.options import MOST_SEED
+
 
 def quickstart(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the run; a number is added when it exists.")] = Path(
         "runs/quickstart"
     ),
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the rows and of the training.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the rows and of the training.", min=0, max=MOST_SEED)] = 0,
     picture: Annotated[
         Path | None, typer.Option("--picture", metavar="FILE.svg", help="Also draw the last screen as an SVG picture.")
     ] = None,

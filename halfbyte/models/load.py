@@ -22,7 +22,7 @@ from transformers import (
 
 from halfbyte import host
 from halfbyte.config.quant import QuantConfig
-from halfbyte.errors import ConfigError, ModelError, UnsupportedError, WeightError
+from halfbyte.errors import ConfigError, DoesNotFitError, ModelError, UnsupportedError, WeightError
 from halfbyte.formats import bnb4bit
 from halfbyte.formats.safetensors_io import TensorInfo
 from halfbyte.log import logger
@@ -34,6 +34,7 @@ from halfbyte.models.source import Source, resolve
 from halfbyte.models.transformers_calls import plain_exceptions, quiet
 from halfbyte.quant.experts import QuantExperts
 from halfbyte.quant.linear import QuantLinear
+from halfbyte.units import bytes_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MAPPINGS: dict[str, Any] = {"causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING, "sequence-classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING}
@@ -143,9 +144,11 @@ def _from_pretrained(
                 folder, config=config, dtype=dtype, attn_implementation=attention, local_files_only=True, use_safetensors=True,
                 trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options,
             )  # fmt: skip
-    except (RuntimeError, ValueError, KeyError, ImportError, OSError) as fault:
+    except (RuntimeError, ValueError, KeyError, ImportError, OSError, MemoryError) as fault:
         if packing is not None and packing.report.fault is not None:
             raise packing.report.fault from None
+        if host.is_out_of_memory(fault):
+            raise _does_not_fit(fault, folder) from fault
         raise ModelError(
             "transformers must be able to load this folder", code="E-MODEL-011", place=str(folder),
             found=_brief(fault, folder),
@@ -153,6 +156,15 @@ def _from_pretrained(
         ) from fault  # fmt: skip
     _check_report(model, report, task)
     return model
+
+
+def _does_not_fit(fault: BaseException, folder: Path) -> DoesNotFitError:
+    total, available = host.memory_bytes()
+    return DoesNotFitError(
+        "a model's weights must fit into memory", code="E-FIT-403", place=str(folder), found=_brief(fault, folder),
+        expected=f"more than what is left: {bytes_text(available)} of {bytes_text(total)}",
+        remedy="see what fits with `halfbyte plan`; a limit of the shell is shown by `ulimit -v`", nothing_done="Nothing was loaded.",
+    )  # fmt: skip
 
 
 def _check_report(model: PreTrainedModel, report: dict[str, object], task: str) -> None:
@@ -213,7 +225,7 @@ def load_tokenizer(source: Source | str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _brief(fault: Exception, folder: Path) -> str:
+def _brief(fault: BaseException, folder: Path) -> str:
     """The first 200 characters of another library's error, the folder by its name."""
     text = " ".join(str(fault).replace(str(folder), folder.name).split())
     if "trust_remote_code" in text:

@@ -22,14 +22,6 @@ from halfbyte.train.state import capture_rng, restore_rng
 from halfbyte.units import bytes_text
 
 T = TypeVar("T")
-CPU_ALLOCATOR_TEXTS = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for an accelerator's, PyTorch's CPU allocator's and Python's own out-of-memory errors."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in CPU_ALLOCATOR_TEXTS)
 
 
 def split(window: Sequence[Batch], size: int) -> list[Batch]:
@@ -52,7 +44,8 @@ def _cut(batch: Batch, size: int) -> list[Batch]:
         width = int(real[start:stop].sum(1).max())
         fields = {
             name: value[start:stop] if value.ndim == 1 else value[start:stop, :width]
-            for name, value in vars(batch).items() if isinstance(value, Tensor)
+            for name, value in vars(batch).items()
+            if isinstance(value, Tensor)
         }
         parts.append(replace(batch, **fields, rows=batch.rows[sum(held[:start]) : sum(held[:stop])]))
     return parts
@@ -82,7 +75,7 @@ class MicroBatchSize:
             try:
                 return work(parts)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
+                if not host.is_out_of_memory(error):
                     raise
             # the error and its frames are gone here
             free_memory()
@@ -99,7 +92,9 @@ def _does_not_fit(parts: Sequence[Batch], step: int) -> DoesNotFitError:
     total, available = host.memory_bytes()
     logger().info("out of memory with one row at a time")
     return DoesNotFitError(
-        "one row at a time must fit into memory", code="E-FIT-301", place=f"step {step}, row {longest.rows[0]}",
+        "one row at a time must fit into memory",
+        code="E-FIT-301",
+        place=f"step {step}, row {longest.rows[0]}",
         found=f"{longest.input_ids.shape[1]} tokens in the longest row; this process uses {bytes_text(host.rss_bytes())}",
         expected=f"{bytes_text(available)} available of {bytes_text(total)}",
         remedy=f"set data.max_tokens below {longest.input_ids.shape[1]}, or train.activations: recompute, or method: qlora",

@@ -1,11 +1,9 @@
 """The border of the command line: help at once, one block for an error, one exit code, no secret and no escape sequence on the screen."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -74,23 +72,30 @@ def test_a_command_without_memory_says_what_is_left(monkeypatch: pytest.MonkeyPa
     assert shown.startswith("error E-FIT-404") and "GiB" in shown and "E-BUG" not in shown
 
 
-@pytest.mark.parametrize(
-    "words", [["rank", "--data", "ROWS"], ["quantize", "starter", "--out", "OUT", "--calibrate", "ROWS"], ["train", "--data", "ROWS"]]
-)
-def test_ctrl_c_is_answered_in_one_line(words: list[str], tmp_path: Path) -> None:
-    """The rows come from a pipe that never ends, so the signal meets the command in the middle of its work."""
-    rows = tmp_path / "rows.jsonl"
-    os.mkfifo(rows)
-    named = [{"ROWS": str(rows), "OUT": str(tmp_path / "out")}.get(word, word) for word in words]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "halfbyte", *named, *(["--model", "starter"] if words[0] != "quantize" else [])],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    with rows.open("w"):  # opens when the command reads
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and out == "" and err.strip().splitlines()[-1] == "stopped by Ctrl-C" and "Traceback" not in err
+@pytest.mark.parametrize("words", [["quantize", "starter", "--out", "x"], ["generate", "starter", "hi"], ["chat"], ["quickstart"]])
+@pytest.mark.parametrize("seed", ["-1", str(2**63)])
+def test_a_seed_has_the_bounds_of_the_generators(words: list[str], seed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run([*words, "--seed", seed]) == 2 and "--seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["quantize", "starter", "--out", "x"], ["rank", "--data", "rows.jsonl"]])
+def test_ctrl_c_is_answered_in_one_line(words: list[str]) -> None:
+    """A process of its own, typer and the signal are real; only the work is replaced by a long sleep."""
+    code = (
+        "import sys, time\n"
+        "from halfbyte import api, config\n"
+        "from halfbyte.cli import main\n"
+        "def work(*given, **named):\n"
+        "    print('at work', flush=True)\n"
+        "    time.sleep(60)\n"
+        "api.quantize = config.load_config = work\n"
+        f"sys.exit(main.run({words!r}))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "at work\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.strip().splitlines()[-1] == "stopped by Ctrl-C" and "Traceback" not in err
 
 
 def test_errors_show_no_secret_and_no_escape_sequence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

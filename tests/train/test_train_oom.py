@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from halfbyte import host
 from halfbyte.data.packing import pack
 from halfbyte.errors import DoesNotFitError
 from halfbyte.lora.tensors import adapter_tensors
 from halfbyte.train import loop
-from halfbyte.train.memory_recovery import MicroBatchSize, is_out_of_memory, split
+from halfbyte.train.memory_recovery import MicroBatchSize, split
 from tests.train.tiny_runs import Quiet, adapted, assembled, classes, config, data, uneven, window
 
 Tiny = Callable[..., nn.Module]
@@ -40,15 +41,24 @@ def run(tiny_llama: Tiny, out: Path, *, at: int = 0, rows: int = 10**9, error: E
     ear = Quiet()
     result = loop.run(
         config(out, **{"train.micro_batch_size": 4, "train.save_every_steps": None, "train.eval_every_steps": None, **settings}),
-        assembled(model), data(uneven(16)), observers=[ear],
+        assembled(model),
+        data(uneven(16)),
+        observers=[ear],
     )
     return adapter_tensors(model), result, ear, allocator
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 B."),
-], ids=["accelerator", "python", "cpu"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 B."
+        ),
+    ],
+    ids=["accelerator", "python", "cpu"],
+)
 def test_a_failure_at_any_call_gives_the_same_weights(tiny_llama: Tiny, tmp_path: Path, error: Exception) -> None:
     """The j-th forward fails, for every j of the run: same rows, same losses, same weights; the smaller size is kept and said."""
     wanted, healthy, _, allocator = run(tiny_llama, tmp_path / "healthy")
@@ -110,8 +120,10 @@ def test_random_numbers_start_again_with_the_step(tiny_llama: Tiny, tmp_path: Pa
         model = adapted(tiny_llama(hidden_size=32, intermediate_size=32, num_hidden_layers=2), dropout=0.3)
         Allocator(model.model.layers[1].mlp.down_proj, rows=settings.pop("rows", 10**9))
         loop.run(
-            config(tmp_path / name, **{"train.micro_batch_size": 4, "train.eval_every_steps": None, **settings}), assembled(model),
-            data(uneven(16)), observers=[Quiet()],
+            config(tmp_path / name, **{"train.micro_batch_size": 4, "train.eval_every_steps": None, **settings}),
+            assembled(model),
+            data(uneven(16)),
+            observers=[Quiet()],
         )
         ends.append(adapter_tensors(model))
     for tensor, value in ends[0].items():
@@ -143,7 +155,7 @@ def test_other_errors_are_not_taken_for_memory() -> None:
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
         MicroBatchSize().run(work, window(uneven(4), 4), step=1, on_change=lambda text: None)
-    assert not is_out_of_memory(ValueError("can't allocate memory"))
+    assert not host.is_out_of_memory(ValueError("can't allocate memory"))
 
 
 def test_evaluation_halves_too_and_keeps_its_loss(tiny_llama: Tiny, tmp_path: Path) -> None:
