@@ -131,6 +131,10 @@ class Interrupted(HalfbyteError):
         super().__init__(rule, code=code, remedy=remedy, place=place)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does; no error of the user's, so no HalfbyteError."""
+
+
 def nearest(word: str, legal: Iterable[str], count: int = 3) -> str:
     """"did you mean a, b?" for the legal names nearest to `word`; empty when none is near.
 

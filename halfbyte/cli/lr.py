@@ -38,6 +38,11 @@ def lr(
     flags = {name: value for name, value in (("model", model), ("data", data), ("method", method)) if value is not None}
     config = load_config(path, overrides, flags)
     found = alone(config, out, rows, say)
-    say(f"\n{config.method}, {found.steps:,} optimizer steps on {found.rows:,} rows, judged by rows that were not trained on\n")
+    steps, seen = (f"{count:,} {word}{'' if count == 1 else 's'}" for count, word in ((found.steps, "optimizer step"), (found.rows, "row")))
+    say(f"\n{config.method}, {steps} on {seen}, judged by rows that were not trained on\n")
     say(table(line_titles(loss_is_per(config.model.task)), found.lines()))
+    if found.edge:
+        say(f"\nnote     this is the {found.edge} rate tried: a better one may lie beyond; a sweep begins at optim.learning_rate")
+    if found.caution:
+        say(f"\nnote     {found.caution}")
     say(f"\nnext     halfbyte train ... optim.learning_rate={found.rate:.3g}")

@@ -48,7 +48,7 @@ def read_lines(file: Path, problems: Problems, max_rows: int | None) -> Read:
                 continue
             text = decode_text(file, number, raw, problems)
             if text is not None and text.strip():
-                row = _row(file, number, text, problems, last=not raw.endswith(b"\n"))
+                row = _row(file, number, text.rstrip("\r\n"), problems, last=not raw.endswith(b"\n"))
                 if row is not None:
                     rows.append((number, row))
     return rows, notes, "line"

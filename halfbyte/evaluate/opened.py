@@ -97,6 +97,15 @@ def _no_adapter(folder: Path) -> AdapterError:
 
 
 def _trained(run: Path, part: str) -> Path:
+    if not (run / part).is_dir() and any((folder / "study.json").is_file() for folder in run.absolute().parents[:3]):
+        raise ConfigError(
+            "a study keeps the records of its short runs, not their weights",
+            code="E-CONF-095",
+            place=str(run),
+            found=f"a point of a study, no folder {part}",
+            expected=f"{run / part}",
+            remedy=f"train with its settings: halfbyte train {run / 'config.yaml'} out=runs/NEW",
+        )
     if not (run / part).is_dir():
         raise ConfigError(
             "only a run that has finished can be used",

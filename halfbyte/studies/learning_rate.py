@@ -44,6 +44,8 @@ FACTORS = (0.3, 3.0)
 MOST_POINTS, STEP = 5, 3.0
 HIGHEST = 1.0
 """The largest learning rate that settings allow."""
+FEW_STEPS = 10
+"""Below so many optimizer steps a point is mostly warm-up, and a high rate looks better than it is."""
 STILL = 0.005
 """A loss within this share of where it began has not moved: the rate is too low to show anything."""
 EVAL_AT_END = 10**6
@@ -79,9 +81,22 @@ class Found:
     rows: int
     steps: int
 
+    @property
+    def edge(self) -> str:
+        """Which edge of what was tried the chosen rate lies at: "highest", "lowest", or "" where it has neighbours on both sides."""
+        rates = [point.rate for point in self.points]
+        return "highest" if self.rate == rates[-1] else "lowest" if self.rate == rates[0] else ""
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        return {**asdict(self), "edge": self.edge or None, "note": self.caution or None}
+
+    @property
+    def caution(self) -> str:
+        """What to think of points of few steps; "" for longer ones."""
+        if self.steps >= FEW_STEPS:
+            return ""
+        return f"after {self.steps:,} step{'' if self.steps == 1 else 's'}: take it as an upper bound; more --rows say more"
 
     def lines(self) -> list[list[str]]:
         """Rows of a table: rate, held-out loss before and after, seconds, why."""
@@ -120,7 +135,8 @@ def judge(points: Sequence[Point]) -> tuple[list[str], Point | None]:
             kept.append(point)
     best = min(kept, key=lambda point: (_loss(point), -point.rate), default=None)
     if best is not None:
-        reasons[list(points).index(best)] = "chosen: the lowest held-out loss"
+        edge = f", at the {'highest' if best is points[-1] else 'lowest'} rate tried" if best in (points[0], points[-1]) else ""
+        reasons[list(points).index(best)] = f"chosen: the lowest held-out loss{edge}"
     return reasons, best
 
 
@@ -176,12 +192,16 @@ def find(folder: Folder, name: str, config: RunConfig, *, rows: Path, count: int
 
     def try_at(factor: float, rate: float | str) -> None:
         at = f"{name}/x{factor:.3g}"
-        folder.say(f"{at}: learning rate {rate if isinstance(rate, str) else format(rate, '.3g')}")
+        told = "the default learning rate" if isinstance(rate, str) else f"learning rate {rate:.3g}"
+        folder.say(f"{at}: point {len(outcomes) + 1} of up to {MOST_POINTS}, {told}")
         outcome = train(folder, at, short(config, rows, count, held_out, rate))
         drop_weights(folder.path / at)
         if outcome["status"] == "does not fit" or "rate" not in outcome:
             raise failure(DOES_NOT_FIT if outcome["status"] == "does not fit" else DIVERGED, folder.path / f"{at}.log")
         outcomes[factor], rates[factor] = outcome, float(outcome["rate"])
+        after = outcome.get("last_eval_loss")
+        ended = outcome["status"] if after is None else f"held-out loss {after:.4f}"
+        folder.say(f"{at}: learning rate {rates[factor]:.3g}, {ended}")
 
     try_at(1.0, config.optim.learning_rate)
     for factor in FACTORS:
@@ -197,7 +217,10 @@ def find(folder: Folder, name: str, config: RunConfig, *, rows: Path, count: int
             expected="a held-out loss not above the one before the training",
             remedy=f"give a {'higher' if all(point.still for point in points) else 'lower'} optim.learning_rate to begin the sweep at",
         )  # fmt: skip
-    return Found(points, reasons, best.rate, count, max(outcome.get("steps", 0) for outcome in outcomes.values()))
+    steps = max(outcome.get("steps", 0) for outcome in outcomes.values())
+    kept = max(outcome.get("train_rows", count) for outcome in outcomes.values())
+    seen = kept if config.data.packing else min(kept, steps * config.train.global_batch_size)  # a packed step's rows are not counted
+    return Found(points, reasons, best.rate, seen, steps)
 
 
 def _points(outcomes: dict[float, dict[str, Any]]) -> list[Point]:

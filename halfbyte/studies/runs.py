@@ -24,12 +24,14 @@ from halfbyte.config import RunConfig, load_config, to_yaml
 from halfbyte.errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     DoesNotFitError,
     EnvironmentFault,
     HalfbyteError,
     Interrupted,
     NumericError,
     StorageError,
+    Terminated,
 )
 from halfbyte.train.metrics import read as read_metrics
 from halfbyte.train.run_folder import RunFolder
@@ -44,13 +46,19 @@ FAULTS: dict[int, tuple[type[HalfbyteError], str]] = {
 KEPT = (
     "steps", "total_steps", "tokens", "seconds", "peak_memory_bytes", "weight_bytes", "trainable_params", "total_params", "trainable_share",
     "first_eval_loss", "last_eval_loss", "final_eval_loss", "adapter_bytes", "model_bytes", "micro_batch_size", "activations",
+    "train_rows", "eval_rows",
 )  # fmt: skip
+NEEDED = ("steps", "seconds", "peak_memory_bytes", "weight_bytes", "trainable_params", "trainable_share", "last_eval_loss", "rate",
+          "threads", "curve")  # fmt: skip
+"""What a table is made of, of every run that finished."""
 PARTS = ("rows", "bases", "sweep", "points", "runs", "judged")
 """What the stages of a study leave in its folder."""
 NOTED_LATER = ("models",)
 """Parts of a study's description that studies of earlier versions lack."""
 BEGUN = "--- halfbyte study: "
 """Begins what one process says in a log that several share."""
+RUNNING: "set[subprocess.Popen[bytes]]" = set()
+"""Processes of this study that are at work."""
 Say = Callable[[str], None]
 
 
@@ -76,8 +84,9 @@ def opened(path: Path, say: Say) -> Iterator[Folder]:
         lock = os.open(path / "study.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as fault:
         raise StorageError(
-            "a study needs a folder it can write", code="E-STORE-411", place=str(path), found=fault.strerror or ""
-        ) from fault
+            "a study needs a folder it can write", code="E-STORE-411", place=str(path), found=fault.strerror or "",
+            remedy="name another folder with --out, or change who may write there", nothing_done="Nothing was trained.",
+        ) from fault  # fmt: skip
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,8 +112,8 @@ def write_json(path: Path, values: Any) -> None:
     RunFolder(path.parent).write_json(path, values)
 
 
-def read_json(path: Path) -> Any:
-    """The object in a JSON file, None where there is no file.  Raises CheckpointError for a damaged one."""
+def read_json(path: Path, needs: Sequence[str] = ()) -> Any:
+    """The object in a JSON file, None where there is no file.  Raises CheckpointError for a damaged one, or one without what it needs."""
     if not path.is_file():
         return None
     try:
@@ -113,6 +122,8 @@ def read_json(path: Path) -> Any:
         raise _damaged(path, str(fault)) from fault
     if not isinstance(values, dict):
         raise _damaged(path, f"{type(values).__name__}, no object")
+    if missing := [key for key in needs if key not in values]:
+        raise _damaged(path, f"no {', '.join(missing)} in it")
     return values
 
 
@@ -129,19 +140,17 @@ def require_same(path: Path, now: dict[str, Any]) -> None:
     Where that is another one: it is replaced, with a base that it made, if none of its runs took a step, for a first command that was
     refused leaves little worth keeping; otherwise CheckpointError.  What an older study did not note (NOTED_LATER) is as it is now.
     """
-    stored = read_json(path)
+    stored = read_json(path, ("settings",))
+    if stored is not None and not all(isinstance(stored.get(key, {}), dict) for key in ("settings", "models")):
+        raise _damaged(path, "settings that are no object")
     before = None if stored is None else {**{key: now[key] for key in NOTED_LATER if key in now}, **stored}
-    if before is not None and before != now and set(now) == set(before) and not _has_stepped(path.parent):
-        for part in PARTS:
-            shutil.rmtree(path.parent / part, ignore_errors=True)
+    if before is not None and before != now and set(now) == set(before) and forgotten(path.parent):
         before = None
     if before is None:
         write_json(path, now)
     elif before != now:
         keys = [key for key in sorted(set(before) | set(now)) if before.get(key) != now.get(key)]
-        for key in ("settings", "models"):
-            inner, fresh = before.get(key, {}), now.get(key, {})
-            keys += [f"{key}.{name}" for name in {**inner, **fresh} if inner.get(name) != fresh.get(name)]
+        keys = [told for key in keys for told in _differences(key, before.get(key), now.get(key))]
         raise CheckpointError(
             "a study goes on only with the settings it began with", code="E-CKPT-412", place=str(path),
             found=f"other {', '.join(keys)}", remedy="name another folder with --out, or the same settings as before",
@@ -151,9 +160,25 @@ def require_same(path: Path, now: dict[str, Any]) -> None:
         write_json(path, now)
 
 
-def _has_stepped(folder: Path) -> bool:
-    """Whether a run in this folder made an optimizer step."""
-    return any("loss" in record for metrics in folder.rglob("metrics.jsonl") for record in read_metrics(metrics))
+def _differences(key: str, before: Any, now: Any) -> list[str]:
+    """The keys below `key` that differ, each with both values.
+
+    >>> _differences("settings", {"train": {"seed": 0, "epochs": 1}}, {"train": {"seed": 1, "epochs": 1}})
+    ['settings.train.seed (0 before, 1 now)']
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        return [told for name in names for told in _differences(f"{key}.{name}", before.get(name), now.get(name))]
+    return [f"{key} ({str(before)[:40]} before, {str(now)[:40]} now)"]
+
+
+def forgotten(folder: Path) -> bool:
+    """Remove what a study's stages left, unless one of its runs made an optimizer step: that is worth keeping."""
+    if any("loss" in record for metrics in folder.rglob("metrics.jsonl") for record in read_metrics(metrics)):
+        return False
+    for part in PARTS:
+        shutil.rmtree(folder / part, ignore_errors=True)
+    return True
 
 
 def call(folder: Folder, words: Sequence[str], log: Path) -> int:
@@ -164,18 +189,31 @@ def call(folder: Folder, words: Sequence[str], log: Path) -> int:
         child = subprocess.Popen(
             [sys.executable, "-m", *words], stdin=subprocess.DEVNULL, stdout=out, stderr=out, pass_fds=(folder.lock,)
         )
+    RUNNING.add(child)
     try:
         code = child.wait()
-    except KeyboardInterrupt:
-        _end(child)
-        raise _interrupted(folder, 130) from None
+    except KeyboardInterrupt as stop:
+        end_all(stop)
+        raise _interrupted(folder, 143 if isinstance(stop, Terminated) else 130) from None
+    finally:
+        RUNNING.discard(child)
     if code in STOPPED:
         raise _interrupted(folder, code)
     return code
 
 
+def end_all(stop: KeyboardInterrupt) -> None:
+    """End every run of the study: Ctrl-C reaches them by itself, SIGTERM is passed on."""
+    running = list(RUNNING)
+    if isinstance(stop, Terminated):
+        for child in running:
+            child.terminate()
+    for child in running:
+        _end(child)
+
+
 def _end(child: "subprocess.Popen[bytes]") -> None:
-    """Give a run that got the same Ctrl-C the time to save."""
+    """Give a run that is asked to stop the time to save."""
     try:
         child.wait(timeout=60)
     except subprocess.TimeoutExpired:
@@ -193,10 +231,13 @@ def _interrupted(folder: Folder, code: int) -> Interrupted:
 def failure(code: int, log: Path) -> HalfbyteError:
     """The error of a process that ended with an exit code, with the end of what it said."""
     kind, name = FAULTS.get(code, (EnvironmentFault, "E-ENV-410"))
+    words = last_words(log)
+    if kind is ConfigError and words.startswith("error E-DATA-"):
+        kind, name = DataError, "E-DATA-414"
     ending = f"exit code {code}" if code >= 0 else f"ended by signal {-code}" + (" (out of memory?)" if code == -9 else "")
     return kind(
-        "a run of the study failed", code=name, place=str(log), found=f"{ending}\n{last_words(log)}",
-        remedy="mend it; the same command then goes on from here",
+        "a run of the study failed", code=name, place=str(log), found=f"{ending}\n{words}",
+        remedy="mend it; the same command then goes on from here; with other rows only while no run has made a step",
     )  # fmt: skip
 
 
@@ -215,8 +256,7 @@ def train(folder: Folder, name: str, config: RunConfig, *, beside: int = 1) -> d
     [[step, loss], ...] and its speed in tokens per second of stepping.  Raises what a run that failed otherwise said.
     """
     at = folder.path / name
-    kept: dict[str, Any] | None = read_json(at.with_name(at.name + ".json"))
-    if kept is not None:
+    if (kept := _kept(at.with_name(at.name + ".json"))) is not None:
         return kept
     at.parent.mkdir(parents=True, exist_ok=True)
     run, log = RunFolder(at), at.with_name(at.name + ".log")
@@ -239,6 +279,12 @@ def train(folder: Folder, name: str, config: RunConfig, *, beside: int = 1) -> d
     return outcome
 
 
+def _kept(path: Path) -> dict[str, Any] | None:
+    """The outcome of a run that ended before."""
+    found: dict[str, Any] | None = read_json(path, ("status",))
+    return found and read_json(path, NEEDED if found["status"] == "finished" else ("error",))
+
+
 def unfinished(run: RunFolder, status: str, error: str) -> dict[str, Any]:
     """What a study keeps of a run that diverged or did not fit: why; its rate and its first held-out loss, where it came so far."""
     begun = {"rate": load_config(run.config).optim.learning_rate} if run.config.is_file() else {}
@@ -247,7 +293,10 @@ def unfinished(run: RunFolder, status: str, error: str) -> dict[str, Any]:
 
 
 def drop_weights(run: Path) -> None:
-    """Remove what a run was trained to, and keep its record."""
+    """Remove what a run was trained to, and keep its record; its log ends with saying so."""
+    if any((run / part).exists() for part in ("adapter", "model")):
+        with run.with_name(run.name + ".log").open("a", encoding="utf-8") as log:
+            log.write("a point of a study: its record is kept, its weights are not, so there is nothing to chat with or to merge\n")
     for part in ("adapter", "model", "base", "checkpoints"):
         shutil.rmtree(run / part, ignore_errors=True)
 
@@ -257,8 +306,10 @@ def outcome_of(run: RunFolder) -> dict[str, Any]:
     summary, config, records = read_json(run.summary), load_config(run.config), read_metrics(run.metrics)
     stepped = [record for record in records if "loss" in record]
     seconds = sum(record["seconds"] for record in stepped)
+    study = f"{Path(config.data.path).parent.parent}/"
     return {
         "status": "finished", **{key: summary[key] for key in KEPT if summary.get(key) is not None},
+        "data_notes": [note.replace(study, "") for note in summary.get("data_notes", ())],
         "rate": config.optim.learning_rate, "threads": config.train.threads, "max_tokens": config.data.max_tokens,
         "tokens_per_second": sum(record["tokens"] for record in stepped) / seconds if seconds else None,
         "curve": [[record["step"], record["eval_loss"]] for record in records if "eval_loss" in record],

@@ -5,15 +5,19 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from halfbyte.config import load_config
-from halfbyte.errors import ConfigError, DoesNotFitError
+from halfbyte.errors import CheckpointError, ConfigError, DoesNotFitError
+from halfbyte.evaluate.opened import locate
 from halfbyte.studies import learning_rate
 from halfbyte.studies.learning_rate import Found, Point, judge, next_rate
 from halfbyte.studies.rows import prepare, python_prose, spread_evenly
+from halfbyte.studies.runs import drop_weights, require_same
 from tests.end_to_end import tiny_world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +51,8 @@ def test_a_rate_that_is_no_better_rules_out_itself_alone() -> None:
     """A rate too low to move the loss ends a hair above it; the rates above are as good as they are."""
     reasons, best = judge(points(3.0001, 2.9, 2.5))
     assert best is not None and best.after == 2.5
-    assert reasons == ["out: worse than before the training", "stable, not the lowest", "chosen: the lowest held-out loss"]
+    assert reasons == ["out: worse than before the training", "stable, not the lowest",
+                       "chosen: the lowest held-out loss, at the highest rate tried"]  # fmt: skip
     assert next_rate(points(3.0001, 2.9, 2.5)) == pytest.approx(3e-3)
     assert chosen(2.5, 3.5, 1.0) == 1.0
 
@@ -77,6 +82,17 @@ def test_the_edge_is_left_once_more_and_five_points_are_the_end() -> None:
     assert next_rate(points(2.5, 2.4, 2.3, 2.2, 2.1)) is None
     assert next_rate(points(None, None, None)) == pytest.approx(1e-5 / 3, rel=1e-2)  # all unstable: lower
     assert next_rate([Point(0.2, 3.0, 2.5), Point(0.6, 3.0, 2.0)]) is None  # no rate above 1
+
+
+def test_a_chosen_rate_at_the_edge_of_what_was_tried_is_called_so() -> None:
+    """# T0 a better one may lie beyond; above one that diverged nothing does."""
+    for losses, edge in (((2.5, 2.0, 1.8), "highest"), ((1.8, 2.0, 2.5), "lowest"), ((2.5, 1.8, 2.0), ""), ((2.5, 1.8, None), "")):
+        tried = points(*losses)
+        reasons, best = judge(tried)
+        assert best is not None
+        found = Found(tried, reasons, best.rate, 16, 2)
+        assert found.edge == edge and found.as_dict()["edge"] == (edge or None)
+        assert any(f"at the {edge} rate tried" in reason for reason in reasons) is bool(edge)
 
 
 def test_a_found_rate_survives_json() -> None:
@@ -180,3 +196,65 @@ def test_a_sweep_needs_rows(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="E-CONF-419"):
         learning_rate.alone(load_config(None, ["data=rows.jsonl", "method=lora"]), tmp_path / "out", 0, lambda text: None)
     assert not (tmp_path / "out").exists()
+
+
+def test_few_steps_are_an_upper_bound_in_text_and_in_json() -> None:
+    few = Found(points(2.5, 2.0, 2.1), ["", "", ""], 1e-4, 16, 2)
+    assert few.caution.startswith("after 2 steps: take it as an upper bound") and few.as_dict()["note"] == few.caution
+    assert Found(few.points, few.reasons, 1e-4, 300, 19).as_dict()["note"] is None
+
+
+def test_a_study_that_is_terminated_ends_its_run_and_says_so_once(tmp_path: Path) -> None:
+    """The run of the study reads rows from a pipe that never ends; SIGTERM reaches the study alone."""
+    program = (
+        "import sys; from pathlib import Path; from halfbyte.cli import main; from halfbyte.studies import runs\n"
+        "def work(*_, **__):\n"
+        "    with runs.opened(Path(sys.argv[1]), print) as folder:\n"
+        "        print('begun', flush=True)\n"
+        "        runs.call(folder, ['http.server', '0'], Path(sys.argv[1]) / 'x.log')\n"
+        "main.command = lambda: type('Command', (), {'main': staticmethod(work)})\n"
+        "sys.exit(main.run(['lr']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "s")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "begun\n"
+        for _ in range(100):
+            if children := psutil.Process(process.pid).children():
+                break
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.terminate()
+        err = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 143 and err.startswith("error E-STOP-410") and err.count("E-STOP") == 1
+    assert children and not any(child.is_running() for child in children)
+
+
+def test_a_point_whose_weights_were_dropped_says_so_in_its_log_and_when_it_is_opened(tmp_path: Path) -> None:
+    run = tmp_path / "points" / "x9"
+    (run / "adapter").mkdir(parents=True)
+    (tmp_path / "study.json").write_text("{}")
+    (run / "metrics.jsonl").write_text("")
+    (run / "config.yaml").write_text("data: rows.jsonl\n")
+    run.with_name("x9.log").write_text("next halfbyte chat points/x9\n")
+    drop_weights(run)
+    drop_weights(run)
+    assert run.with_name("x9.log").read_text().splitlines()[1:] == [
+        "a point of a study: its record is kept, its weights are not, so there is nothing to chat with or to merge"
+    ]
+    with pytest.raises(ConfigError, match=r"E-CONF-095(.*\n)+.*a point of a study") as caught:
+        locate(run)
+    assert "--resume" not in str(caught.value)
+
+
+def test_what_differs_from_the_study_there_is_named_with_both_values(tmp_path: Path) -> None:
+    now = {"settings": {"train": {"seed": 0, "epochs": 1}}, "rows": 16}
+    require_same(tmp_path / "study.json", now)
+    (tmp_path / "points").mkdir()
+    (tmp_path / "points" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    with pytest.raises(CheckpointError, match=r"E-CKPT-412(.*\n)+.*settings\.train\.seed \(0 before, 1 now\)") as caught:
+        require_same(tmp_path / "study.json", {"settings": {"train": {"seed": 1, "epochs": 1}}, "rows": 16})
+    assert "epochs" not in str(caught.value)
