@@ -69,7 +69,7 @@ def compare(
     named = tuple(METHODS) if methods is None and arms is None else tuple(one.strip() for one in (methods or "").split(",") if one.strip())
     study = Study(
         tuple(arms_of(path, overrides, flags, methods=named, file=arms)), seeds, sweep_rows, general,
-        Score(score, score_rows, max_new_tokens) if score_rows else None, samples, max(1, jobs),
+        Score(score, score_rows, max_new_tokens) if score_rows else None, samples, jobs,
     )  # fmt: skip
     found = comparison.numbers(run(absolute(study), out, progress if as_json else say))
     page = comparison_files.write(found, out)

@@ -146,10 +146,11 @@ def _look(
     if data is not None:
         from halfbyte.evaluate.opened import open_model
         from halfbyte.evaluate.rows import loss_batches
+        from halfbyte.units import loss_is_per
 
         opened = open_model(folder, allow_download=allow_download, force_base=force_base)
         costs = rank_adapter.costs(opened, whole, loss_batches(opened, data, batch_size=4, max_rows=max_rows), cuts)
-        measured = rank_text.costs_text(costs)
+        measured = rank_text.costs_text(costs, loss_is_per("sequence-classification" if opened.labels else "causal-lm"))
         values["costs"] = asdict(costs)
     if truncate is not None and to is not None:  # last: what cannot be measured leaves no folder behind
         whole.write(cut, to)

@@ -67,6 +67,9 @@ INERT: Sequence[Inert] = (
 )  # fmt: skip
 
 
+INERT_CODE = "E-CONF-170"
+
+
 def resting_keys(run: RunConfig) -> dict[str, Inert]:
     """Every setting that does nothing in this run, with its reason."""
     resting: dict[str, Inert] = {}
@@ -88,7 +91,7 @@ def inert_problems(run: RunConfig) -> list[Problem]:
     """One problem for each setting that was written down and does nothing; `null` and `false` that say "off" are no setting."""
     return [
         Problem(
-            "E-CONF-170", "this setting has no effect here", (key, row.because),
+            INERT_CODE, "this setting has no effect here", (key, row.because),
             found=f"{key}={text_of(value_at(run, key))} with {row.because}={text_of(value_at(run, row.because))}: {row.why}",
             remedy=f"leave {key} out, or change {row.because}",
         )

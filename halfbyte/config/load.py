@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from halfbyte.config.base import Settings
 from halfbyte.config.field_problems import field_problems
+from halfbyte.config.inert import INERT_CODE
 from halfbyte.config.problems import Problem, error_of
 from halfbyte.config.rules import text_of
 from halfbyte.config.run import SHORT_FORMS, RunConfig
@@ -163,6 +164,20 @@ def load_config(
     32
     """
     return read_settings(path, overrides, flags, origin=origin).config
+
+
+def without_effect(values: Mapping[str, Any]) -> list[str]:
+    """Those of these settings (in groups) that do nothing beside the others; none where they are wrong, which loading them tells.
+
+    >>> without_effect({"data": {"path": "rows.jsonl"}, "quant": {"calibration_rows": 20}})
+    ['quant.calibration_rows']
+    """
+    problems: list[Problem] = []
+    try:
+        RunConfig.model_validate(values, context={"problems": problems})
+    except ValidationError:
+        return []
+    return [problem.keys[0] for problem in problems if problem.code == INERT_CODE]
 
 
 def make(kind: type[_Kind], values: Mapping[str, Any], group: str = "") -> _Kind:

@@ -61,19 +61,28 @@ def evaluate_rows(
 
 @dataclass(frozen=True)
 class Answered:
-    """The model's greedy answers to the rows of a file, beside what it was asked and the rows' own answers."""
+    """The model's greedy answers to the rows of a file, beside what it was asked and the rows' own answers; how many rows were over the
+    model's limit and not asked, and how many answers had room for fewer tokens than wanted."""
 
     prompts: list[str]
     references: list[str]
     answers: list[str]
+    left_out: int = 0
+    short: int = 0
 
 
 def answer_rows(
-    opened: Opened, data: str | Path, *, batch_size: int = 8, max_new_tokens: int = 128, max_rows: int | None = None
+    opened: Opened, data: str | Path, *, batch_size: int = 8, max_new_tokens: int = 128, max_rows: int | None = None, to_limit: bool = False
 ) -> Answered:
-    """Let the model answer each row's prompt.  Raises DataError where a row has none: plain text is not asked anything."""
-    read = _read(opened, data, max_rows, "last-assistant")
-    prompts = [prompt_of(example) for example in read.train]
+    """Let the model answer each row's prompt, of the first `max_rows` rows.
+
+    to_limit  of rows within the model's limit the first are asked, and an answer ends where the limit does; else that is refused
+
+    Raises DataError where a row has no prompt: plain text is not asked anything.
+    """
+    read = _read(opened, data, None if to_limit else max_rows, "last-assistant")
+    asked_rows = read.train[:max_rows]
+    prompts = [prompt_of(example) for example in asked_rows]
     if read.shape.name in ("text", "tokens") or not all(prompts):
         raise DataError(
             "answers can be scored only where a row has a prompt",
@@ -83,11 +92,21 @@ def answer_rows(
             expected="messages, prompt and completion, or alpaca",
             remedy="leave --metrics out: the loss needs no prompt",
         )
-    wanted = [row.input_ids[len(prompt) :] for row, prompt in zip(read.train, prompts)]
+    wanted = [row.input_ids[len(prompt) :] for row, prompt in zip(asked_rows, prompts)]
     asked, references = ([str(opened.tokenizer.decode(ids, skip_special_tokens=True)) for ids in part] for part in (prompts, wanted))
+    limit = token_limit(opened.source) if to_limit else None
+    rooms = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
+    answers: dict[int, str] = {}
+    for room in sorted(set(rooms)):  # every prompt is shorter than the limit: its row is not longer, and has an answer
+        chosen = [number for number, own in enumerate(rooms) if own == room]
+        told = generate(
+            opened.model, opened.tokenizer, [prompts[number] for number in chosen], max_new_tokens=room, batch_size=batch_size
+        )  # fmt: skip
+        answers.update(zip(chosen, told, strict=True))
     return Answered(
-        asked, references, generate(opened.model, opened.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    )
+        asked, references, [answers[number] for number in range(len(prompts))], sum(read.report.dropped.values()),
+        sum(room < max_new_tokens for room in rooms),
+    )  # fmt: skip
 
 
 def loss_batches(opened: Opened, data: str | Path, *, batch_size: int = 8, max_rows: int | None = None) -> list[Batch]:
@@ -124,14 +143,24 @@ def _check_names(metrics: Sequence[str]) -> None:
             )
 
 
+def judged_config(
+    data: str | Path, limit: int | None, *, train_on: str | None = None, like: DataConfig | None = None, max_rows: int | None = None
+) -> DataConfig:
+    """How rows are read to judge by them: up to the model's limit, whatever it was trained on, for models are compared on the same rows.
+
+    train_on  None for a classifier      like  settings whose names of columns are read
+    """
+    longest = {"max_tokens": limit} if limit is not None else {}
+    columns = {name: getattr(like, name) for name in COLUMNS} if like is not None else {}
+    own = {"shape": "classification"} if train_on is None else {"train_on": train_on}
+    return make(DataConfig, {"path": str(data), "eval_rows": 0, "max_rows": max_rows, **longest, **columns, **own}, "data")
+
+
 def _read(opened: Opened, data: str | Path, max_rows: int | None, train_on: str, own_columns: bool = True) -> TrainData:
-    shape = {"shape": "classification"} if opened.labels else {}
-    own = {} if opened.labels else {"train_on": train_on}
-    limit = token_limit(opened.source)
-    longest = {"max_tokens": limit} if limit is not None else {}  # whatever a run was trained on: models are compared on the same rows
-    run = opened.located.config if own_columns else None
-    columns = {name: getattr(run.data, name) for name in COLUMNS} if run is not None else {}
-    config = make(DataConfig, {"path": str(data), "eval_rows": 0, "max_rows": max_rows, **longest, **columns, **shape, **own}, "data")
+    limit, run = token_limit(opened.source), opened.located.config if own_columns else None
+    config = judged_config(
+        data, limit, train_on=None if opened.labels else train_on, like=None if run is None else run.data, max_rows=max_rows
+    )
     read = load_data(config, opened.tokenizer, model_limit=limit, template=opened.template_path, labels=opened.labels)
     require_task(read, classify=bool(opened.labels), place=str(data))
     return read

@@ -13,13 +13,13 @@ fine-tuning and is left out there.  What a named setting says itself is never le
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte.config import RunConfig, load_config
-from halfbyte.config.load import GROUPS
+from halfbyte.config import DataConfig, RunConfig, load_config
+from halfbyte.config.load import GROUPS, without_effect
 from halfbyte.config.rules import value_at
 from halfbyte.config.yaml_text import parse, read_text
 from halfbyte.errors import ConfigError, nearest
@@ -33,9 +33,13 @@ METHODS: dict[str, dict[str, Any]] = {
 RESTING: dict[str, tuple[str, ...]] = {"full": ("lora", "quant", "optim.lora_plus_ratio"), "lora": ("quant",)}
 """Settings given for all that say nothing to a method."""
 OWN = ("out", "method")
-SAME = ("data.path", "data.eval_path", "data.eval_rows", "data.max_rows", "data.shape", "model.name", "model.revision")
-"""What no setting of a comparison has for itself."""
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,39}\Z")
+SAME = (
+    *(f"data.{name}" for name in DataConfig.model_fields if name not in ("packing", "workers")), "model.name", "model.revision",
+    "model.task", "model.labels", "train.seed",
+)  # fmt: skip
+"""What no setting of a comparison has for itself: all that decides rows, labels and seeds."""
+NAME = re.compile(r"(?!.*\.(json|yaml|log)\Z)[A-Za-z0-9][A-Za-z0-9._+-]{0,39}\Z")
+"""A study puts its own NAME.json, NAME.yaml and NAME.log beside a setting's folder."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,7 @@ def arms_of(
     Raises ConfigError.
     """
     for one in overrides:
-        key = one.partition("=")[0].strip()
-        if key in OWN:
-            raise _fault("E-CONF-421", "a comparison chooses this itself", place=key, found=one, remedy="see --methods, --arms and --out")
+        _require_open(one.partition("=")[0].strip(), one, OWN)
     own = {name: _method(name) for name in methods}
     for name, values in (_named(file) if file is not None else {}).items():
         if name in own:
@@ -65,7 +67,7 @@ def arms_of(
         own[name] = values
     if not own:
         raise _fault("E-CONF-414", "a comparison needs at least one setting", expected=", ".join(METHODS), remedy="see --methods")
-    common = load_config(path, overrides, {**flags, "method": "qlora"})
+    common = _common(path, overrides, flags, own.values())
     given = common.model_dump(exclude_unset=True)
     arms = [Arm(name, values, _whole(given, values)) for name, values in own.items()]
     for arm in arms:
@@ -74,6 +76,24 @@ def arms_of(
                          found=", ".join(f"{key}={value_at(arm.config, key)}" for key in other),
                          remedy="give it for all, on the command line or with a settings file")  # fmt: skip
     return arms
+
+
+def _common(path: Path | None, overrides: Sequence[str], flags: Mapping[str, object], own: Iterable[Mapping[str, Any]]) -> RunConfig:
+    """What is given for all, checked as settings of qlora; of one that calibrates where only this gives a key an effect."""
+    flags = {**flags, "method": "qlora"}
+    try:
+        return load_config(path, overrides, flags)
+    except ConfigError as fault:
+        groups = [values.get("quant") for values in own]
+        if not any(isinstance(group, Mapping) and group.get("calibrate") for group in groups):
+            raise
+        try:
+            found = load_config(path, overrides, {**flags, "quant.calibrate": True})
+        except ConfigError:
+            raise fault from None
+    values = found.model_dump(exclude_unset=True)
+    values["quant"].pop("calibrate")
+    return RunConfig.model_validate(values, context={"problems": []})
 
 
 def _method(name: str) -> dict[str, Any]:
@@ -91,9 +111,16 @@ def _named(file: Path) -> dict[str, dict[str, Any]]:
         if not NAME.match(name) or not isinstance(settings, dict):
             raise _fault("E-CONF-412", "a named setting is a short name with settings under it", place=str(file),
                          found=f"{name}: {settings}", expected="r8: {method: lora, lora.rank: 8}",
-                         remedy="names have letters, digits, dots and lines, at most 40")  # fmt: skip
+                         remedy="names have letters, digits, dots and lines, at most 40; none ends in .json, .yaml or .log")  # fmt: skip
+        for key in settings:
+            _require_open(str(key), f"{name}: {key}", ("out",))
         found[name] = _grouped(settings)
     return found
+
+
+def _require_open(key: str, found: str, closed: Sequence[str]) -> None:
+    if key in closed:
+        raise _fault("E-CONF-421", "a comparison chooses this itself", place=key, found=found, remedy="see --methods, --arms and --out")
 
 
 def _grouped(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,9 +159,16 @@ def _whole(given: Mapping[str, Any], own: Mapping[str, Any]) -> RunConfig:
             values.get(group, {}).pop(name, None)
         else:
             values.pop(group, None)
-    for key, value in own.items():
-        values[key] = {**values.get(key, {}), **value} if isinstance(value, Mapping) else value
+    for key in without_effect(_over(values, own)):
+        group, _, name = key.partition(".")
+        if name not in (own.get(group) or {}):
+            values.get(group, {}).pop(name, None)
+    values = _over(values, own)
     return load_config(None, flags={key: value for key, value in values.items() if value != {}}, origin="the comparison")
+
+
+def _over(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    return {**values, **{key: {**values.get(key, {}), **value} if isinstance(value, Mapping) else value for key, value in own.items()}}
 
 
 def _fault(code: str, rule: str, *, place: str = "", found: str = "", expected: str = "", remedy: str = "") -> ConfigError:

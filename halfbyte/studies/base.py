@@ -30,7 +30,7 @@ def shared(folder: Folder, name: str, config: RunConfig) -> tuple[RunConfig, dic
     if config.quant.calibrate is not True:
         return config, None
     at = folder.path / "bases" / name
-    made: dict[str, Any] | None = read_json(at.with_name(f"{name}.json"))
+    made: dict[str, Any] | None = read_json(at.with_name(f"{name}.json"), ("base", "init", "seconds", "peak_memory_bytes"))
     if made is None:
         folder.say(f"{name}: calibrating its base, once for all its runs")
         shutil.rmtree(at, ignore_errors=True)

@@ -23,11 +23,11 @@ from typing import Any, TypeVar
 from halfbyte import devices
 from halfbyte.config import RunConfig
 from halfbyte.errors import ConfigError, DataError, DoesNotFitError, NumericError
-from halfbyte.studies import base, learning_rate, rows
+from halfbyte.studies import base, judging, learning_rate, rows
 from halfbyte.studies.arms import Arm
 from halfbyte.studies.identity import digests_of, models_of
-from halfbyte.studies.runs import Folder, Say, call, failure, opened, read_json, require_same, train, write_json
-from halfbyte.units import seconds_text
+from halfbyte.studies.runs import Folder, Say, end_all, opened, read_json, require_same, train, write_json
+from halfbyte.units import loss_is_per, seconds_text
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -60,11 +60,10 @@ class Study:
     jobs: int = 1
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the table."""
-        values = {key: value for key, value in asdict(self).items() if key not in ("arms", "jobs")}
-        values["score"] = asdict(self.score) if self.score else None
+        """Everything that decides the runs; what is judged of them belongs to each judgement (judging.py)."""
+        values = {"seeds": self.seeds, "sweep_rows": self.sweep_rows}
         settings = {arm.name: arm.config.model_dump(mode="json", exclude={"out"}) for arm in self.arms}
-        files = digests_of(self.general, *(arm.config.model.template for arm in self.arms))
+        files = digests_of(*(arm.config.model.template for arm in self.arms))
         models = models_of(*(arm.config.model.name for arm in self.arms))
         return {**values, "settings": settings, "files": files, "models": models, "versions": devices.versions()}
 
@@ -116,10 +115,10 @@ def run(study: Study, path: Path, say: Say) -> Results:
     """
     _check(study)
     with opened(path, say) as folder:
+        judging.adopt(folder.path)
         require_same(folder.path / "study.json", study.identity())
         found = rows.prepare(folder.path, study.arms[0].config, sweep_rows=study.sweep_rows)
-        text, words = (None, "") if study.general == "none" else rows.general_text(folder.path, study.general)
-        rows.require_judgeable(folder.path, study.arms[0].config, text, prompts=study.score is not None)
+        asked, words = _asked(study, folder.path)
         based = [_on_base(folder, arm) for arm in study.arms]
         swept = _each(study.jobs, based, lambda one: (None, one.out) if one.out else _sweep(study, folder, one.arm, found))
         trained = _train_all(study, folder, [(one.arm, *result) for one, result in zip(based, swept, strict=True)])
@@ -128,7 +127,7 @@ def run(study: Study, path: Path, say: Say) -> Results:
             arm, (sweep, out) = study.arms[number], swept[number]
             runs = [trained[number, seed] for seed in range(study.seeds) if (number, seed) in trained]
             out = out or next((Out(one["status"], one["error"]) for one in runs if one["status"] != "finished"), None)
-            judged = [_judge(study, folder, arm, seed, one, text) for seed, one in enumerate(runs)] if out is None else []
+            judged = [judging.judged(folder, asked, arm.name, seed, one) for seed, one in enumerate(runs)] if out is None else []
             status, error = (out.status, out.error) if out else ("finished", "")
             return Outcome(arm, status, sweep, runs, judged, error, based[number].made)
 
@@ -149,7 +148,8 @@ def _check(study: Study) -> None:
             )  # fmt: skip
     longest = study.score.max_new_tokens if study.score else 1
     counts = {"--sweep-rows": study.sweep_rows, "--samples": study.samples, "--score-rows": study.score.rows if study.score else 0}
-    for place, found, least in [*((name, count, 0) for name, count in counts.items()), ("--max-new-tokens", longest, 1)]:
+    ones = (("--max-new-tokens", longest, 1), ("--jobs", study.jobs, 1))
+    for place, found, least in [*((name, count, 0) for name, count in counts.items()), *ones]:
         if found < least:
             raise ConfigError("a count must be in its range", code="E-CONF-418", place=place, found=str(found), expected=f"{least} or more",
                               nothing_done="Nothing was trained.")  # fmt: skip
@@ -161,12 +161,27 @@ def _check(study: Study) -> None:
                           expected="1 or more; 3 give an interval worth looking at")  # fmt: skip
 
 
+def _asked(study: Study, folder: Path) -> tuple[judging.Asked, str]:
+    """What is judged of every run, found to be possible, and the words for the general text; a classifier is given none."""
+    config, text, words = study.arms[0].config, None, ""
+    reader = judging.Reader(config)
+    if study.general != "none" and config.model.task != "sequence-classification":
+        text, words = rows.general_text(folder, study.general, reader.fits)
+    asked = judging.Asked(text, asdict(study.score) if study.score else None, study.samples)
+    judging.check(reader, asked, folder / "rows" / "held-out.jsonl", [(arm.name, arm.config) for arm in study.arms])
+    return asked, words
+
+
 def _each(jobs: int, items: Sequence[T], work: Callable[[T], R]) -> list[R]:
     """`work` of every item, `jobs` at a time, in the order given."""
     if jobs == 1:
         return [work(item) for item in items]
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(work, items))
+        try:
+            return list(pool.map(work, items))
+        except KeyboardInterrupt as stop:
+            end_all(stop)
+            raise
 
 
 def _on_base(folder: Folder, arm: Arm) -> Based:
@@ -176,7 +191,7 @@ def _on_base(folder: Folder, arm: Arm) -> Based:
         config, made = base.shared(folder, arm.name, arm.config.model_copy(update={"data": train_rows}))
     except DoesNotFitError as fault:
         return Based(arm, out=Out("does not fit", fault.found))
-    except NumericError as fault:
+    except (NumericError, DataError) as fault:  # too few rows to calibrate on are enough for the others
         return Based(arm, out=Out("not calibrated", fault.found))
     return Based(replace(arm, config=config), made)
 
@@ -192,7 +207,7 @@ def _sweep(study: Study, folder: Folder, arm: Arm, found: dict[str, Any]) -> tup
     if study.sweep_rows == 0:
         return None, None
     kept = folder.path / "sweep" / f"{arm.name}.json"
-    before = read_json(kept)
+    before = read_json(kept, ("points", "reasons", "rate", "rows", "steps"))
     if before is None:
         place = folder.path / "rows"
         try:
@@ -236,34 +251,13 @@ def _train_all(
         config = settings_of(study, folder.path, arm, seed, sweep["rate"] if sweep else None)
         outcome = train(folder, f"runs/{arm.name}/seed-{seed}", config, beside=study.jobs)
         if outcome["status"] == "finished":
-            folder.say(f"  held-out loss {outcome['last_eval_loss']:.4f} nats/token in {seconds_text(outcome['seconds'])}")
+            per = loss_is_per(config.model.task)
+            folder.say(f"  held-out loss {outcome['last_eval_loss']:.4f} nats/{per} in {seconds_text(outcome['seconds'])}")
         else:
             folder.say(f"  {outcome['status']}")
         return outcome
 
     return dict(zip(pairs, _each(study.jobs, pairs, one)))
-
-
-def _judge(study: Study, folder: Folder, arm: Arm, seed: int, outcome: dict[str, Any], general: Path | None) -> dict[str, Any]:
-    """General text and task score of one run, from a process of its own."""
-    place = folder.path / "judged" / arm.name
-    kept, log = place / f"seed-{seed}.json", place / f"seed-{seed}.log"
-    before: dict[str, Any] | None = read_json(kept)
-    if before is None and not (general or study.score or (study.samples and seed == 0)):
-        return {}
-    if before is None:
-        folder.say(f"judging {arm.name}, seed {seed}")
-        place.mkdir(parents=True, exist_ok=True)
-        order = {
-            "run": str(folder.path / "runs" / arm.name / f"seed-{seed}"), "threads": outcome["threads"], "before": seed == 0,
-            "general": str(general) if general else None, "held_out": str(folder.path / "rows" / "held-out.jsonl"),
-            "score": asdict(study.score) if study.score else None, "samples": study.samples if seed == 0 else 0,
-        }  # fmt: skip
-        write_json(place / f"seed-{seed}.order.json", order)
-        if code := call(folder, ["halfbyte.studies.judge", str(place / f"seed-{seed}.order.json"), str(kept)], log):
-            raise failure(code, log)
-        before = dict(read_json(kept))
-    return before
 
 
 def absolute(study: Study) -> Study:

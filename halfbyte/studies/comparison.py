@@ -18,6 +18,7 @@ from typing import Any
 
 from halfbyte import devices
 from halfbyte.config.rules import value_at
+from halfbyte.studies import judging
 from halfbyte.studies.compare import Outcome, Results
 from halfbyte.studies.measures import interval, mean, mean_curve, spread, steps_to_reach
 from halfbyte.units import loss_is_per
@@ -55,7 +56,7 @@ def _setting(results: Results, finished: Sequence[Outcome]) -> dict[str, Any]:
     """What all arms share, and what the numbers rest on."""
     study, config = results.study, results.study.arms[0].config
     first = finished[0].runs[0] if finished else {}
-    machine = first.get("machine", {})
+    machine, swept = first.get("machine", {}), results.rows["sweep-train"] if study.sweep_rows else 0
 
     def common(key: str) -> Any:
         """What all settings have; None where they differ, which the words of each setting tell."""
@@ -63,24 +64,33 @@ def _setting(results: Results, finished: Sequence[Outcome]) -> dict[str, Any]:
         return values[0] if all(value == values[0] for value in values) else None
 
     return {
-        "model": config.model.name, "data": results.rows["source"], "train_rows": results.rows["train"],
-        "held_out_rows": results.rows["held-out"], "rows_sha256": results.rows["digest"],
+        "model": config.model.name, "data": results.rows["source"], "train_rows": first.get("train_rows", results.rows["train"]),
+        "held_out_rows": first.get("eval_rows", results.rows["held-out"]), "rows_sha256": results.rows["digest"],
         "global_batch_size": common("train.global_batch_size"), "max_tokens": first.get("max_tokens"), "packing": common("data.packing"),
         "schedule": common("optim.schedule"), "seeds": [config.train.seed + seed for seed in range(study.seeds)],
-        "sweep_rows": results.rows["sweep-train"] if study.sweep_rows else 0, "sweep_held_out_rows": results.rows["sweep-held-out"],
+        "sweep_rows": max((one.sweep["rows"] for one in results.outcomes if one.sweep), default=swept),
+        "sweep_held_out_rows": results.rows["sweep-held-out"],
         "sweep_rows_apart": results.rows["sweep_apart"], "general_text": results.general,
         "score": _score_setting(results), "per": loss_is_per(config.model.task),
         "threads": first.get("threads"), "jobs": max([study.jobs, *(run.get("jobs", 1) for one in finished for run in one.runs)]),
         "versions": devices.versions(),
-        "machine": {key: machine[key] for key in ("cpu", "cores", "memory_bytes") if key in machine},
+        "machine": {key: machine[key] for key in ("cpu", "cores", "memory_bytes") if key in machine}, "notes": _notes(finished),
     }  # fmt: skip
+
+
+def _notes(finished: Sequence[Outcome]) -> list[str]:
+    """What the runs said of their rows, and the judging of its own; the same for all runs, so once."""
+    said = [f"Rows: {note}." for one in finished for run in one.runs for note in run.get("data_notes", ())]
+    return list(dict.fromkeys([*said, *judging.notes([judged for one in finished for judged in one.judged])]))
 
 
 def _score_setting(results: Results) -> dict[str, Any] | None:
     """What the task score is and on how many rows; a classifier's is always the accuracy on all held-out rows (judge.py)."""
-    score, held_out = results.study.score, results.rows["held-out"]
+    score = results.study.score
     if score is None:
         return None
+    judged = [rows for one in results.outcomes for each in one.judged if (rows := each.get("score_rows")) is not None]
+    held_out = min(judged, default=results.rows["held-out"])
     if results.study.arms[0].config.model.task == "sequence-classification":
         return {"metric": "accuracy", "rows": held_out, "max_new_tokens": 0}
     return {"metric": score.metric, "rows": min(score.rows, held_out), "max_new_tokens": score.max_new_tokens}

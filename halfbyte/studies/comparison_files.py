@@ -180,7 +180,10 @@ def notes(comparison: Values) -> list[str]:
             f"Steps to {comparison['target']}'s last held-out loss: each seed against the same seed, on straight lines between the"
             " evaluations, so an estimate; - where a seed never comes there."
         )
-    return found
+    for arm in comparison["arms"]:
+        if arm["sweep"] and (edge := _found(arm["sweep"]).edge):
+            found.append(f"{arm['name']}: its learning rate is the {edge} of those tried; a better one may lie beyond.")
+    return found + comparison["setting"].get("notes", [])
 
 
 def text(comparison: Values) -> str:
@@ -199,7 +202,8 @@ def csv_text(comparison: Values) -> str:
     columns = [column for measure in MEASURES for column in measure.columns]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["setting", "outcome", *(name for name, _ in columns)])
+    unit = f"nats_per_{comparison['setting']['per']}"
+    writer.writerow(["setting", "outcome", *(name.replace("nats_per_token", unit) for name, _ in columns)])
     for arm in comparison["arms"]:
         values = _filled(comparison, arm)
         cells = ["" if values.get(key) is None else repr(values[key]) for _, key in columns]

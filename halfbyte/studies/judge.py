@@ -2,7 +2,9 @@
 
 ORDER    {"run", "threads", "general": file or null, "before": bool, "held_out": file, "samples": count,
           "score": {"metric", "rows", "max_new_tokens"} or null}
-ANSWER   general_after; general_before where it was asked for; score; answers [{"prompt", "reference", "answer"}]
+ANSWER   general_after, general_rows, general_left_out; general_before where it was asked for; score, score_rows;
+         answers [{"prompt", "reference", "answer"}], or no_answers: why; asked_left_out, asked_short: rows over the model's limit,
+         answers that it cut
 
 General text is judged before and after: before is the model as this setting's training began, its base as stored and, on a calibrated base,
 the low-rank start, so the difference is what the training did, not what storage or start did.  A classifier writes no text and is judged
@@ -33,10 +35,12 @@ def judged(order: dict[str, Any]) -> dict[str, Any]:
     devices.set_threads(int(order["threads"]))
     opened = open_model(run)
     if opened.labels:
-        return {"score": evaluate_rows(opened, order["held_out"])["accuracy"]} if order["score"] else {}
+        seen = evaluate_rows(opened, order["held_out"]) if order["score"] else {}
+        return {"score": seen["accuracy"], "score_rows": seen["rows"], "asked_left_out": seen.get("rows_left_out", 0)} if seen else {}
     found = _answers(opened, order)
     if order["general"]:
-        found["general_after"] = float(evaluate_rows(opened, order["general"], own_columns=False)["loss"])
+        seen = evaluate_rows(opened, order["general"], own_columns=False)
+        found |= {"general_after": float(seen["loss"]), "general_rows": seen["rows"], "general_left_out": seen.get("rows_left_out", 0)}
         if order["before"] and (begun := _untrained(opened, run)) is not None:
             found["general_before"] = float(evaluate_rows(begun, order["general"], own_columns=False)["loss"])
     return found
@@ -50,15 +54,17 @@ def _answers(opened: Opened, order: dict[str, Any]) -> dict[str, Any]:
         return {}
     tokens = wanted["max_new_tokens"] if wanted else SAMPLE_TOKENS
     try:
-        answered = answer_rows(opened, order["held_out"], max_rows=count, max_new_tokens=tokens)
+        answered = answer_rows(opened, order["held_out"], max_rows=count, max_new_tokens=tokens, to_limit=True)
     except DataError as fault:
-        if wanted or fault.code != NO_PROMPTS:
+        if wanted:
             raise
-        return {}
+        return {} if fault.code == NO_PROMPTS else {"no_answers": fault.found}
     rows = zip(answered.prompts, answered.references, answered.answers, strict=True)
     found: dict[str, Any] = {"answers": [{"prompt": p, "reference": r, "answer": a} for p, r, a in list(rows)[: order["samples"]]]}
+    found |= {"asked_left_out": answered.left_out, "asked_short": answered.short}
     if wanted:
         rows_scored = wanted["rows"]
+        found["score_rows"] = min(rows_scored, len(answered.answers))
         found["score"] = scores(answered.answers[:rows_scored], answered.references[:rows_scored], [wanted["metric"]])[wanted["metric"]]
     return found
 

@@ -136,8 +136,9 @@ def adapter_text(title: str, found: list[Group], ranks: dict[int, float]) -> str
     return "\n".join(lines)
 
 
-def costs_text(found: Costs) -> str:
-    """Losses of cuts, predicted and measured."""
+def costs_text(found: Costs, per: str = "token") -> str:
+    """Losses of cuts, predicted and measured; `per` is what a loss is the mean of."""
+    rows_seen = f"{per}s" if per == "row" else f"{per}s of these rows"
     header = ["cut", "parameters", "norm left out", "loss predicted (estimate)", "standard error", "loss measured", "cost"]
     rows = [
         [one.name, count_text(one.parameters), percent_text(one.left_out),
@@ -146,6 +147,6 @@ def costs_text(found: Costs) -> str:
     ]  # fmt: skip
     return "\n".join([
         *rows_of(header, rows),
-        wrapped(f"nats/token on {found.tokens} tokens of these rows; whole adapter {found.full:.4f}, without it {found.base:.4f}; "
-                f"predicted by the same cuts on {found.calibration_tokens} other tokens"),
+        wrapped(f"nats/{per} on {found.tokens} {rows_seen}; whole adapter {found.full:.4f}, without it {found.base:.4f}; "
+                f"predicted by the same cuts on {found.calibration_tokens} other {per}s"),
     ])  # fmt: skip

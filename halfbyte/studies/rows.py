@@ -14,20 +14,20 @@ on it are compared within one study only.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from halfbyte.config import DataConfig, RunConfig, make
-from halfbyte.data.load import read_samples, split
+from halfbyte.config import RunConfig
+from halfbyte.data.load import content_hash, read_samples, split
 from halfbyte.data.rows import part_of_folder
 from halfbyte.errors import CheckpointError, DataError
-from halfbyte.studies.runs import read_json, write_json
+from halfbyte.studies.runs import forgotten, read_json, write_json
 from halfbyte.train import durable_files
 from halfbyte.train.checkpoint import storage_error
 
 SWEEP_HELD_OUT, FEWEST_HELD_OUT = 100, 8
-GENERAL_PIECES, GENERAL_CHARS = 40, 800
+GENERAL_PIECES, GENERAL_CHARS, LEAST_CHARS = 40, 800, 25
 
 
 def spread_evenly(rows: Sequence[Any], count: int) -> list[int]:
@@ -44,7 +44,7 @@ def spread_evenly(rows: Sequence[Any], count: int) -> list[int]:
 def prepare(folder: Path, config: RunConfig, *, sweep_rows: int) -> dict[str, Any]:
     """Write the rows and return what there is: counts, and sha256 of the source.  Done before, it is only checked.
 
-    Raises DataError, and CheckpointError where the data has changed since the study began.
+    Raises DataError, and CheckpointError where the data has changed since a run of the study made a step; before, it begins anew.
     """
     place = folder / "rows"
     train, held_out, digest = _read(config)
@@ -59,7 +59,7 @@ def prepare(folder: Path, config: RunConfig, *, sweep_rows: int) -> dict[str, An
     }  # fmt: skip
     found = {"source": config.data.path, "digest": digest, "sweep_apart": apart, **{name: len(rows) for name, rows in parts.items()}}
     before = read_json(place / "rows.json")
-    if before is not None:
+    if before is not None and (before == found or not forgotten(folder)):
         if before != found:
             raise CheckpointError(
                 "a study goes on only with the rows it began with", code="E-CKPT-411", place=config.data.path,
@@ -72,19 +72,6 @@ def prepare(folder: Path, config: RunConfig, *, sweep_rows: int) -> dict[str, An
         write_rows(place / f"{name}.jsonl", rows)
     write_json(place / "rows.json", found)
     return found
-
-
-def require_judgeable(folder: Path, config: RunConfig, general: Path | None, *, prompts: bool) -> None:
-    """Raise DataError now for what only the judging after all runs would find: general text that cannot be read, rows without prompts."""
-    if general is not None:
-        read_samples(str(general), make(DataConfig, {"path": str(general)}, "data"), "auto", [])
-    held_out = folder / "rows" / "held-out.jsonl"
-    shape = read_samples(str(held_out), config.data, config.data.shape, [])[1].name
-    if prompts and shape in ("text", "tokens"):
-        raise DataError(
-            "a task score needs rows with prompts", code="E-DATA-412", place=config.data.path, found=f"rows of the shape {shape}",
-            remedy="leave --score-rows out", nothing_done="Nothing was trained.",
-        )  # fmt: skip
 
 
 def _read(config: RunConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:
@@ -104,9 +91,12 @@ def _read(config: RunConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
         held_out = [places[sample.place] for sample in judged]
         digest += other.digest
     if not held_out:
+        different = len({content_hash(sample) for sample in samples})
+        equal = f"; equal rows stay together, and these {len(samples):,} are {different:,} different" if different < len(samples) else ""
         raise DataError(
-            "a study needs held-out rows", code="E-DATA-410", place=data.path, found="0 held-out rows",
-            remedy="name a file with data.eval_path, or set data.eval_rows", nothing_done="Nothing was trained.",
+            "a study needs held-out rows", code="E-DATA-410", place=data.path, found=f"0 held-out rows{equal}",
+            remedy="name a file with data.eval_path, or set data.eval_rows" + (", or take the duplicates out" if equal else ""),
+            nothing_done="Nothing was trained.",
         )  # fmt: skip
     return [values[sample.place] for sample in train], held_out, hashlib.sha256(digest.encode()).hexdigest()
 
@@ -124,21 +114,28 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         fresh.unlink(missing_ok=True)
 
 
-def general_text(folder: Path, given: str | None) -> tuple[Path, str]:
-    """(file, what it is) of the general text: the one that was given, or Python's own prose, written into the study."""
+def general_text(folder: Path, given: str | None, fits: Callable[[str], bool]) -> tuple[Path, str]:
+    """(file, what it is) of the general text: the one that was given, or Python's own prose, written into the study.
+
+    Pieces of prose are halved until each fits into what the model can see.
+    """
     if given is not None:
         return Path(given).expanduser().absolute(), Path(given).name
     path = folder / "rows" / "general.jsonl"
-    if not path.is_file():
+    kept = [json.loads(line)["text"] for line in path.read_text("utf-8").split("\n") if line] if path.is_file() else []
+    pieces = kept or python_prose()
+    while not all(map(fits, pieces)) and len(pieces[0]) >= 2 * LEAST_CHARS:
+        pieces = python_prose(len(pieces[0]) // 2)
+    if pieces != kept:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_rows(path, ({"text": piece} for piece in python_prose()))
-    return path, f"{GENERAL_PIECES} pieces of {GENERAL_CHARS} characters of Python's own reference (pydoc_data.topics)"
+        write_rows(path, ({"text": piece} for piece in pieces))
+    return path, f"{len(pieces)} pieces of {len(pieces[0])} characters of Python's own reference (pydoc_data.topics)"
 
 
-def python_prose() -> list[str]:
+def python_prose(chars: int = GENERAL_CHARS) -> list[str]:
     """Pieces of the language reference, spread evenly over all of it."""
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
-    pieces = [text[start : start + GENERAL_CHARS] for start in range(0, len(text) - GENERAL_CHARS, GENERAL_CHARS)]
+    pieces = [text[start : start + chars] for start in range(0, len(text) - chars, chars)]
     return [pieces[number] for number in spread_evenly(pieces, GENERAL_PIECES)]

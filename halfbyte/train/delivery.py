@@ -88,6 +88,7 @@ def summary_of(training: "Training", *, status: str, delivered: int | None = Non
     evaluations = [record for record in training.history if "eval_loss" in record]
     summary: dict[str, Any] = {
         "status": status, "method": config.method, "model": assembled.source.name, "data": config.data.path,
+        "train_rows": len(training.data.train), "eval_rows": len(training.data.eval), "data_notes": training.data.notes,
         "steps": progress.step, "total_steps": training.total_steps, "epochs": progress.step / training.batches.steps_per_epoch,
         "tokens": progress.tokens_seen, "skipped_steps": progress.skipped_steps, "seconds": training.seconds(),
         "peak_memory_bytes": training.peak_memory_bytes(), "weight_bytes": assembled.weight_bytes,

@@ -11,12 +11,12 @@ IN_COMPARE, IN_TABLE, IN_RATE, IN_MEASURES = (
 MUTANTS = [
     Mutant(
         "T71", "a study with runs is replaced by one of other settings", "halfbyte/studies/runs.py",
-        " and not _has_stepped(path.parent)", "",
+        "    if any(\"loss\" in record", "    if False and any(\"loss\" in record",
         "tests/studies/test_studies_compare.py::test_other_settings_or_other_rows_do_not_go_on_in_the_same_folder",
     ),
     Mutant(
         "T71", "a base made for other settings stays when a study is replaced", "halfbyte/studies/runs.py",
-        "            shutil.rmtree(path.parent / part, ignore_errors=True)\n        before", "            pass\n        before",
+        "        shutil.rmtree(folder / part, ignore_errors=True)", "        pass",
         "tests/studies/test_studies_compare.py::test_a_first_command_that_was_refused_can_be_corrected",
     ),
     Mutant("T0", "an interval over three seeds as if there were many", MEASURES,

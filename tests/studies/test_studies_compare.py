@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from halfbyte.config import load_config
-from halfbyte.errors import CheckpointError, ConfigError, DataError, DoesNotFitError, StorageError
+from halfbyte.errors import CheckpointError, ConfigError, DataError, DoesNotFitError, HalfbyteError, StorageError
 from halfbyte.models.calibrated_base import START
 from halfbyte.studies import arms, compare, comparison, comparison_files, judge, runs
 from halfbyte.studies.arms import arms_of
 from halfbyte.studies.compare import Score, Study
-from halfbyte.studies.identity import MODEL_FILES, WHOLE, models_of
+from halfbyte.studies.identity import MODEL_FILES, WHOLE, digests_of, models_of
 from tests.end_to_end import tiny_world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,7 +124,7 @@ def test_other_settings_or_other_rows_do_not_go_on_in_the_same_folder(world: Pat
 def test_a_first_command_that_was_refused_can_be_corrected(world: Path, tmp_path: Path) -> None:
     """# T71 nothing was trained yet, so the folder holds no outcome that could pass for one of other settings; what it made goes."""
     wrong = arms_of(None, SETTINGS, {"model": str(tmp_path / "typo"), "data": str(world / "rows.jsonl")}, methods=["full", "lora"])
-    with pytest.raises(ConfigError):
+    with pytest.raises(HalfbyteError):
         compare.run(replace(study(world), arms=tuple(wrong)), tmp_path / "out", lambda text: None)
     left = tmp_path / "out" / "bases" / "qlora-calibrated.json"
     left.parent.mkdir()
@@ -278,11 +278,8 @@ def test_a_run_that_diverges_or_does_not_fit_is_an_outcome_and_any_other_fault_e
         assert not (tmp_path / "study" / "runs" / "x.json").exists()
     outcome = runs.unfinished(runs.RunFolder(tmp_path / "none"), "diverged", "why")
     assert outcome == {"status": "diverged", "error": "why"}
-    assert study_score(Score("rougeL", 4, 8)) == {"metric": "rougeL", "rows": 4, "max_new_tokens": 8}
-
-
-def study_score(score: Score) -> Any:
-    return Study((), score=score).identity()["score"]
+    log.write_text("error E-DATA-099: a base is calibrated on enough rows\n  found:    3 rows\n")
+    assert isinstance(runs.failure(2, log), DataError) and "E-DATA-099" in runs.failure(2, log).found
 
 
 def test_a_study_is_not_written_over_other_files(world: Path, tmp_path: Path) -> None:
@@ -306,7 +303,8 @@ def test_a_damaged_file_of_a_study_is_named(text: str, tmp_path: Path) -> None:
 
 def test_what_only_the_end_would_find_wrong_is_refused_at_the_start(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for wrong in ({"sweep_rows": -1}, {"samples": -1}, {"score": Score("rougeL", -1, 8)}, {"score": Score("rougeL", 4, 0)}):
+    scores = ({"score": Score("rougeL", -1, 8)}, {"score": Score("rougeL", 4, 0)})
+    for wrong in ({"sweep_rows": -1}, {"samples": -1}, {"jobs": -5}, {"jobs": 0}, *scores):
         with pytest.raises(ConfigError, match="E-CONF-418"):
             compare.run(study(world, **wrong), out, lambda text: None)
     with pytest.raises(DataError, match="E-DATA-411"):
@@ -343,18 +341,20 @@ def test_what_only_the_judging_would_find_is_refused_before_training(world: Path
 
 
 def test_a_file_that_changed_under_a_study_is_noticed(world: Path, tmp_path: Path) -> None:
-    """# T71 general text and template are part of what a study is, not only their paths."""
-    general = tmp_path / "general.jsonl"
-    general.write_text('{"text": "one"}\n')
-    before = study(world, general=str(general)).identity()
-    general.write_text('{"text": "two"}\n')
-    assert study(world, general=str(general)).identity() != before
+    """# T71 a template is part of what a study is, not only its path."""
+    template = tmp_path / "own.jinja"
+    template.write_text(tiny_world.CHATML)
+    flags = {"model": str(world / "tiny"), "data": str(world / "rows.jsonl"), "model.template": str(template)}
+    made = Study(tuple(arms_of(None, SETTINGS, flags, methods=["lora"])))
+    before = made.identity()
+    template.write_text(tiny_world.CHATML + " ")
+    assert made.identity() != before
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "a.jsonl").write_text('{"text": "one"}\n')
-    before = study(world, general=str(folder)).identity()
+    told = digests_of(str(folder))
     (folder / "b.jsonl").write_text('{"text": "two"}\n')
-    assert study(world, general=str(folder)).identity() != before
+    assert digests_of(str(folder)) != told
 
 
 def test_a_model_that_changed_under_a_study_is_noticed(world: Path, tmp_path: Path) -> None:
@@ -416,6 +416,61 @@ def test_a_base_that_cannot_be_made_is_a_line_of_the_table(world: Path, tmp_path
     monkeypatch.setattr(compare.base, "shared", fails)
     made = comparison.numbers(compare.run(study(world, sweep_rows=0), tmp_path / "out", lambda text: None))
     assert [(arm["status"], arm["error"]) for arm in made["arms"]] == [("does not fit", "9 GiB of weights")] * 2
+
+
+def test_too_few_rows_to_calibrate_are_enough_for_the_others(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: Any) -> Any:
+        raise DataError("a rule", code="E-DATA-414", found="3 rows")
+
+    monkeypatch.setattr(compare.base, "shared", fails)
+    with runs.opened(tmp_path / "out", lambda text: None) as folder:
+        found = compare._on_base(folder, study(world).arms[0])
+    assert found.out == compare.Out("not calibrated", "3 rows")
+
+
+def test_mended_rows_take_over_until_a_run_has_made_a_step(tmp_path: Path) -> None:
+    """# T71 a first command that was refused for a row of its data; what was made of the old rows goes."""
+    from halfbyte.studies import rows
+
+    data = tiny_world.write_rows(tmp_path / "rows.jsonl", tiny_world.rows(30))
+    config, out = load_config(None, [f"data={data}"]), tmp_path / "out"
+    rows.prepare(out, config, sweep_rows=10)
+    left = out / "bases" / "qlora-calibrated.json"
+    left.parent.mkdir()
+    left.write_text("{}")
+    tiny_world.write_rows(data, tiny_world.rows(30, seed=1))
+    found = rows.prepare(out, config, sweep_rows=10)
+    assert runs.read_json(out / "rows" / "rows.json") == found and not left.exists()
+    kept = [json.loads(line) for line in (out / "rows" / "train.jsonl").read_text().splitlines()]
+    assert all(row in tiny_world.rows(30, seed=1) for row in kept)
+
+
+def test_rows_that_are_all_equal_are_named_as_such(tmp_path: Path) -> None:
+    from halfbyte.studies import rows
+
+    data = tiny_world.write_rows(tmp_path / "rows.jsonl", tiny_world.rows(1) * 30)
+    with pytest.raises(DataError, match=r"E-DATA-410(.*\n)+.*these 30 are 1 different(.*\n)+.*duplicates"):
+        rows.prepare(tmp_path / "out", load_config(None, [f"data={data}"]), sweep_rows=10)
+
+
+@pytest.mark.parametrize(
+    "name,text", [("study.json", '{"settings": 3}'), ("runs/lora/seed-0.json", "{}"), ("runs/lora/seed-0.json", '{"status": "finished"}')]
+)
+def test_a_file_of_a_study_without_what_it_needs_is_named(name: str, text: str, tmp_path: Path) -> None:
+    with runs.opened(tmp_path / "out", lambda words: None) as folder:
+        file = folder.path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        with pytest.raises(CheckpointError, match="E-CKPT-413") as caught:
+            runs.require_same(folder.path / "study.json", {"settings": {}})
+            runs.train(folder, "runs/lora/seed-0", load_config(None, ["data=rows.jsonl"]))
+    assert file.name in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_written_has_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"E-STORE-411(.*\n)+.*--out"), runs.opened(tmp_path / "file" / "out", lambda text: None):
+        pass
 
 
 def test_last_words_are_those_of_the_newest_process(tmp_path: Path) -> None:

@@ -209,3 +209,28 @@ def test_a_classifiers_loss_is_that_of_a_row() -> None:
     assert "held-out loss, nats/token" in comparison_files.text(made)
     made["setting"]["per"] = "row"
     assert "held-out loss, nats/row" in comparison_files.text(made) and "nats/token" not in comparison_files.text(made)
+    columns = comparison_files.csv_text(made).splitlines()[0]
+    assert "held_out_loss_nats_per_row" in columns and "nats_per_token" not in columns
+
+
+def test_rows_are_counted_as_the_runs_saw_them_and_what_they_said_of_them_is_said_once() -> None:
+    one = results()
+    for each in one.outcomes:
+        for trained in each.runs:
+            trained |= {"train_rows": 16, "eval_rows": 2, "data_notes": ["20 of 36 rows exceed 57 tokens; dropped"]}
+        for seed in each.judged:
+            seed |= {"general_rows": 1, "general_left_out": 9, "score_rows": 2}
+    made = comparison.numbers(one)
+    text = comparison_files.text(made)
+    assert "16 to train on, 2 held out" in text and "2 rows)" in text
+    assert text.count("20 of 36 rows exceed 57 tokens") == 1 == text.count("9 of 10 texts")
+    assert json.loads(json.dumps(made))["setting"]["train_rows"] == 16
+
+
+def test_a_rate_at_the_edge_of_its_sweep_is_noted() -> None:
+    one = results()
+    assert "may lie beyond" in (text := comparison_files.text(comparison.numbers(one))) and "lora: its learning rate is the lowest" in text
+    swept = {"points": [{"rate": rate, "before": 3.0, "after": after} for rate, after in ((1e-4, 2.5), (3e-4, 2.0), (1e-3, 2.2))],
+             "reasons": ["", "", ""], "rate": 3e-4, "rows": 300, "steps": 19}  # fmt: skip
+    inside = [replace(each, sweep=swept) for each in one.outcomes]
+    assert "may lie beyond" not in comparison_files.text(comparison.numbers(replace(one, outcomes=inside)))
