@@ -226,14 +226,17 @@ class ModelShape:
                 "layers of different kinds in one model are not counted", code="E-UNSUP-902", place=place,
                 found=", ".join(key for key in _UNEVEN if key in values),
             )  # fmt: skip
+        require_readable(values, place)
         sizes = _sizes(values, family, place)
         layer = [
-            weight for number in range(sizes["layers"]) for weight in _weights(family.layer, sizes, values, f"{family.layers}.{number}.")
+            weight
+            for number in range(sizes["layers"])
+            for weight in _weights(family.layer, sizes, values, f"{family.layers}.{number}.", place)
         ]  # fmt: skip
-        around = _weights(family.around, sizes, values, "")
-        if values.get("tie_word_embeddings", family.tied):
+        around = _weights(family.around, sizes, values, "", place)
+        if _switch(values, "tie_word_embeddings", family.tied, place):
             around = [Weight(w.name, w.kind, w.size, w.bias, tied=True) if w.kind == "head" else w for w in around]
-        if values.get("do_layer_norm_before") is False:
+        if not _switch(values, "do_layer_norm_before", True, place):
             around = [weight for weight in around if weight.kind != "norm"]
         return cls(
             str(kind), sizes["hidden"], sizes["layers"], sizes["vocab"], sizes["positions"], (*around, *layer), sizes,
@@ -280,6 +283,33 @@ def _whole(values: Mapping[str, Any], key: str, place: str) -> int:
     return value
 
 
+def _switch(values: Mapping[str, Any], key: str, unsaid: bool, place: str) -> bool:
+    """true or false; null counts as false, as in the families' own code."""
+    value = values.get(key, unsaid)
+    if value is not None and not isinstance(value, bool):
+        raise ModelError("a switch in config.json is true or false", code="E-MODEL-906", place=f"{place}, {key}", found=repr(value)[:80],
+                         expected="true or false")  # fmt: skip
+    return bool(value)
+
+
+def require_readable(values: Mapping[str, Any], place: str) -> None:
+    """A folder that is quantized already must be so in a format that is read here.  Raises ModelError."""
+    block = values.get("quantization_config")
+    method = block.get("quant_method") if isinstance(block, Mapping) else None
+    if block is not None and method != "bitsandbytes":
+        raise ModelError(
+            "a model that is already quantized must be in bitsandbytes' 4-bit or 8-bit format", code="E-MODEL-009",
+            place=f"{place}, key quantization_config", found=f"quant_method {method!r}"[:80], expected="bitsandbytes",
+            remedy="use the model's 16-bit folder and let it be quantized while loading",
+        )  # fmt: skip
+
+
+def _require_divides(many: int, few: int, place: str) -> None:
+    if many % few:
+        raise ModelError("heads share the width evenly, and heads for keys and values the heads", code="E-MODEL-907", place=place,
+                         found=str(few), expected=f"a divisor of {many:,}")  # fmt: skip
+
+
 def _sizes(values: Mapping[str, Any], family: Family, place: str) -> dict[str, int]:
     """The numbers behind the size words of a family."""
     keys = {**_COMMON_KEYS, **family.keys}
@@ -296,6 +326,9 @@ def _sizes(values: Mapping[str, Any], family: Family, place: str) -> dict[str, i
     sizes["head_dim"] = _whole({"head_dim": head_dim}, "head_dim", place)
     groups = values.get("num_key_value_heads")
     kv_heads = sizes["heads"] if groups is None else _whole(values, "num_key_value_heads", place)
+    _require_divides(sizes["heads"], kv_heads, f"{place}, num_key_value_heads")
+    if not values.get("head_dim") and kind not in _HEAD_DIM_UNSAID:
+        _require_divides(sizes["hidden"], sizes["heads"], f"{place}, {keys['heads']}")
     sizes["queries"], sizes["keys"] = sizes["heads"] * sizes["head_dim"], kv_heads * sizes["head_dim"]
     sizes["queries_keys_values"] = sizes["queries"] + 2 * sizes["keys"]
     sizes["thrice_hidden"], sizes["twice_inner"] = 3 * sizes["hidden"], 2 * sizes["inner"]
@@ -310,10 +343,10 @@ def _sizes(values: Mapping[str, Any], family: Family, place: str) -> dict[str, i
     return sizes
 
 
-def _weights(rows: Sequence[Row], sizes: Mapping[str, int], values: Mapping[str, Any], prefix: str) -> list[Weight]:
+def _weights(rows: Sequence[Row], sizes: Mapping[str, int], values: Mapping[str, Any], prefix: str, place: str) -> list[Weight]:
     unsaid = _BIAS_UNSAID.get(str(values["model_type"]), False)
     made = []
     for row in rows:
-        bias = bool(values.get(row.bias, unsaid)) if isinstance(row.bias, str) else row.bias
+        bias = _switch(values, row.bias, unsaid, place) if isinstance(row.bias, str) else row.bias
         made.append(Weight(prefix + row.name, row.kind, tuple(sizes[word] for word in row.sizes), bias))
     return made

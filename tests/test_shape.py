@@ -121,3 +121,23 @@ def test_read_takes_a_folder_and_names_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(" " * 1_000_001, encoding="utf-8")
     with pytest.raises(ModelError, match="E-MODEL-902"):
         ModelShape.read(tmp_path)
+
+
+@pytest.mark.parametrize(("changes", "key"), [
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings"), ({"attention_bias": float("nan")}, "attention_bias"),
+    ({"mlp_bias": "32"}, "mlp_bias"), ({"mlp_bias": 1}, "mlp_bias"), ({"do_layer_norm_before": "yes"}, "do_layer_norm_before"),
+    ({"num_attention_heads": 5, "num_key_value_heads": 3, "hidden_size": 35}, "num_key_value_heads"),
+    ({"num_attention_heads": 5, "num_key_value_heads": 5, "hidden_size": 32}, "num_attention_heads"),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
+    ({"quantization_config": 3}, "quantization_config"),
+])  # fmt: skip
+def test_what_a_config_cannot_mean_is_refused_by_its_key(changes: dict[str, object], key: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        ModelShape.from_config({**LLAMA_2_7B, **changes}, place="x/config.json")
+    assert caught.value.place.endswith(key) and caught.value.code in ("E-MODEL-009", "E-MODEL-906", "E-MODEL-907")
+
+
+def test_what_a_config_may_leave_open_is_accepted() -> None:
+    same = {"attention_bias": None, "quantization_config": None}
+    assert ModelShape.from_config({**LLAMA_2_7B, **same}).total_params == ModelShape.from_config(LLAMA_2_7B).total_params
+    assert ModelShape.from_config({**LLAMA_2_7B, "hidden_size": 4100, "head_dim": 128}).sizes["queries"] == 4096

@@ -29,7 +29,6 @@ CODE_KEYS = frozenset({
     "auto_map", "custom_pipelines", "trust_remote_code", "transformers_weights", "fusion_config", "distributed_config", "kernel_config",
     "use_kernels", "attn_implementation", "experts_implementation", "adapter_path", "name_or_path",
 })  # fmt: skip
-NATIVE_BLOCKS = ("bitsandbytes",)
 SPECIAL_FLOATS = ("Infinity", "-Infinity", "NaN")
 
 
@@ -115,20 +114,6 @@ def _code_note(folder: Path) -> str:
     """What to say of a folder that brings a model class of its own."""
     code = sorted(path.name for path in folder.glob("*.py"))
     return f"the folder's own code ({code[0]}) is never run; choose a model that transformers implements" if code else ""
-
-
-def check_quantization(raw: Mapping[str, object], folder: Path) -> None:
-    """A folder that is already quantized must be so in a format that is read here; raises ModelError."""
-    block = raw.get("quantization_config")
-    if block is None:
-        return
-    method = block.get("quant_method") if isinstance(block, dict) else None
-    if method not in NATIVE_BLOCKS:
-        raise ModelError(
-            "a model that is already quantized must be in bitsandbytes' 4-bit or 8-bit format", code="E-MODEL-009",
-            place=f"{folder / 'config.json'}, key quantization_config", found=f"quant_method {method!r}", expected=", ".join(NATIVE_BLOCKS),
-            remedy="use the model's 16-bit folder and let it be quantized while loading",
-        )  # fmt: skip
 
 
 def make_config(raw: Mapping[str, object], folder: Path) -> PretrainedConfig:

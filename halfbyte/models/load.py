@@ -34,6 +34,7 @@ from halfbyte.models.source import Source, resolve
 from halfbyte.models.transformers_calls import plain_exceptions, quiet
 from halfbyte.quant.experts import QuantExperts
 from halfbyte.quant.linear import QuantLinear
+from halfbyte.shape import require_readable
 from halfbyte.units import bytes_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -73,7 +74,7 @@ def load_model(
     folder = as_source(source).folder
     raw = folder_checks.read_config(folder)
     folder_checks.check_architecture(raw, folder, task)
-    folder_checks.check_quantization(raw, folder)
+    require_readable(raw, str(folder / "config.json"))
     tensors = folder_checks.check_weight_files(folder)
     config = folder_checks.make_config(raw, folder)
     if task == "sequence-classification":
