@@ -49,6 +49,11 @@ class TrainedParts(nn.Module):
         """What acts as the bias, or None."""
         return self.current()["bias"] if "bias" in self.names else getattr(self.base, "bias", None)
 
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the embedding: for code that asks one for them."""
+        return int(self.base.num_embeddings)  # type: ignore[arg-type]
+
     def forward(self, *inputs: object, **named: object) -> object:
         """The base's own forward with the trained values in place."""
         return functional_call(self.base, self.current(), inputs, named)

@@ -16,6 +16,7 @@ from halfbyte.lora.inject import inject
 from halfbyte.models.announce import reads_boundaries
 from halfbyte.models.decoder_layer import FusedLayer
 from halfbyte.models.lazy_logits import LazyHead, LazyLogits, make_lazy
+from halfbyte.models.packing_probe import require_separate
 from halfbyte.models.structure import _inner, _kind, fuse
 from halfbyte.optim.adamw import AdamW
 from tests.models.test_models_decoder_layer import MODELS, adapted, batch, close, outcome, packed_weights, small
@@ -250,3 +251,11 @@ def test_dropout_of_an_adapter_acts() -> None:
     assert torch.equal(model(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
     model.train()
     assert not torch.equal(model(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("whole", ["embed_tokens", "lm_head"])
+def test_layers_are_taken_over_where_a_table_is_trained_whole(whole: str) -> None:
+    model = small("llama", *MODELS["llama"])
+    inject(model, LoraConfig(rank=3, alpha=5, fully_trained=(whole,)), seed=1)
+    assert fuse(model).layers == 3
+    require_separate(model)
