@@ -67,16 +67,18 @@ class Quality:
         means, counts = self.means(), self._counts()
         lines = [
             f"calibrated on {self.rows} rows, {count_text(self.tokens)} tokens ({count_text(self.check_tokens)} of them kept for checking)",
-            f"layers: {', '.join(f'{count} {kind}' for kind, count in counts.items())}; {means['bits_per_parameter']:.3f} bits a parameter",
+            f"layers: {', '.join(f'{count} {kind}' for kind, count in counts.items())}; "
+            f"{means['bits_per_parameter']:.3f} bits a parameter of these layers",
         ]
         if "output_error" in means:
             started = means.get("output_error_with_start")
             after = "" if started is None else f", with the start of rank {self.rank} {percent_text(started)}"
             lines += [
-                f"mean squared error of the outputs, checking rows: plain {percent_text(means['output_error_plain'])}, "
+                "squared error of a layer's outputs as a share of their square, mean over the layers, checking rows: "
+                f"plain {percent_text(means['output_error_plain'])}, "
                 f"calibrated {percent_text(means['output_error'])}{after}",
                 "  (means over the same layers; these rows also decided what is kept, so all but the first are slightly optimistic)",
-                f"mean squared error of the weights: plain {percent_text(means['weight_error_plain'])}, "
+                f"squared error of the weights as a share of their square: plain {percent_text(means['weight_error_plain'])}, "
                 f"calibrated {percent_text(means['weight_error'])}",
                 "largest error of an output:",
             ]

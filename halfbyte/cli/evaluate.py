@@ -50,5 +50,6 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(result))
         return
+    units = {} if "accuracy" in result else {"loss": " nats per scored token", "tokens": " scored: those that carry the loss"}
     for name, value in result.items():
-        typer.echo(f"{name} {value:.6f}" if isinstance(value, float) else f"{name} {value}")
+        typer.echo((f"{name} {value:.6f}" if isinstance(value, float) else f"{name} {value}") + units.get(name, ""))

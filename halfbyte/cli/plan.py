@@ -32,12 +32,18 @@ def plan(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Measure this machine at the model's widths first, for the times; kept in the cache folder.")
     ] = False,
+    allow_download: Annotated[
+        bool, typer.Option("--allow-download", help="Fetch a Hub id's config and tokenizer, no weights; else nothing is fetched.")
+    ] = False,
 ) -> None:
     """Say whether training fits, with all methods side by side: memory term by term, the settings that fit, what to change.
+
+    The exit code is 7 where nothing fits.
 
     Looks at the model's config.json alone and answers in a second; for this machine, or for a card that need not be here.
     """
     from halfbyte.cli.terminal import say
+    from halfbyte.errors import DoesNotFitError
     from halfbyte.plan.answer import answer, as_dict
     from halfbyte.plan.question import ask
     from halfbyte.plan.text import plan_text
@@ -45,10 +51,12 @@ def plan(
     question = ask(
         model, data=data, gpu=gpu, gpu_memory=gpu_memory, method=method, rank=rank, targets=targets, max_tokens=max_tokens,
         micro_batch_size=micro_batch_size, policy=policy, state=state, calibrate=calibrate,
+        allow_download=allow_download,
     )  # fmt: skip
     if calibrate:
-        from halfbyte.plan.rates import measure
+        from halfbyte.plan.rates import measure, require_idle
 
+        require_idle()
         measure(question.shape, question.base.dtype)
     given = answer(question)
     if json:
@@ -61,3 +69,5 @@ def plan(
         from halfbyte.plan.page import write
 
         write(Path(page), given)
+    if not given.ranking:
+        raise typer.Exit(DoesNotFitError.exit_code)

@@ -29,6 +29,9 @@ from halfbyte.quant.linear import QuantLinear
 from halfbyte.units import bytes_text, percent_text
 
 BASES = ("trained", "original")
+ROUNDED = {
+    "bfloat16": "  (bfloat16 keeps 8 bits of a weight: some per cent of the largest logit is usual; with --dtype float32 next to nothing)"
+}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -53,9 +56,10 @@ class Merged:
         seen = self.difference
         lines = [
             f"merged {self.merged} adapted weights into {self.base}, written in {self.dtype}: {self.out} ({bytes_text(self.bytes)})",
-            f"largest logit difference to the unmerged model {seen.largest:.4g} "
-            f"(mean {seen.mean:.3g}, largest logit {seen.largest_logit:.3g}), "
-            f"same likeliest token at {percent_text(seen.same_choice)} of {seen.positions} positions",
+            f"logits beside those of the unmerged model: they differ by {seen.mean:.3g} on the mean and {seen.largest:.4g} at most, "
+            f"where the largest logit is {seen.largest_logit:.3g}; same likeliest token at {percent_text(seen.same_choice)} "
+            f"of {seen.positions} positions",
+            ROUNDED.get(self.dtype, ""),
         ]
         if self.onto == "original" and self.storage != "none":
             lines.append(
@@ -64,12 +68,13 @@ class Merged:
             )
         elif self.storage != "none":
             lines.append(
-                f"the {self.storage} weights were written out as they are ({self.dequantized} more layers without an adapter too); "
-                f"nothing was quantized again. Quantizing this folder later changes it."
+                f"the {self.storage} weights were written out as they are , also those of {self.dequantized} layers "
+                f"without an adapter; nothing was quantized again. Quantizing this folder later changes it."
             )
         if self.untied:
             lines.append("output head and embedding were one table and are two now (tie_word_embeddings is false)")
-        return "\n".join(lines)
+        lines.append(f"next     halfbyte chat {self.out}")
+        return "\n".join(line for line in lines if line)
 
 
 def merge_to_folder(

@@ -60,19 +60,20 @@ class Quantized:
             f"({percent_text(self.bytes_after / self.bytes_before)})",
             f"relative error of a weight, measured on {len(self.errors)}: mean {percent_text(mean)}, largest:",
         ]
-        return "\n".join([*lines, *(f"  {percent_text(error):>8}  {name}" for name, error in self.errors[:5])])
+        lines += [f"  {percent_text(error):>8}  {name}" for name, error in self.errors[:5]]
+        return "\n".join([*lines, f"next     halfbyte train --model {self.out} --data FILE"])
 
     def _calibrated_text(self, quality: Quality) -> str:
         lines = [
-            f"{self.layers} layers in {self.format}: {self.out}",
-            f"size {bytes_text(self.bytes_before)} -> {bytes_text(self.bytes_after)} "
+            f"in {self.format}: {self.out}",
+            f"size of all files {bytes_text(self.bytes_before)} -> {bytes_text(self.bytes_after)} "
             f"({percent_text(self.bytes_after / self.bytes_before)})" + (", the start included" if quality.rank else ""),
             quality.text(), f"each layer: {self.out / REPORT}",
         ]  # fmt: skip
         if quality.rank:
-            settings = f"lora.init=calibrated lora.rank={quality.rank}"
-            lines.append(f"start of rank {quality.rank}: {self.out / START}; train on it with {settings}")
-        return "\n".join(lines)
+            lines.append(f"start of rank {quality.rank}: {self.out / START}")
+        settings = f" lora.init=calibrated lora.rank={quality.rank}" if quality.rank else ""
+        return "\n".join([*lines, f"next     halfbyte train --model {self.out} --data FILE{settings}"])
 
 
 @dataclass(frozen=True)

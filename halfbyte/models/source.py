@@ -58,8 +58,10 @@ class Source:
         return folder_digest(self.folder, (".safetensors",))
 
 
-def resolve(name: str, *, revision: str | None = None, allow_download: bool = False) -> Source:
-    """The source for `name`; converts or fetches where needed.  Raises ModelError, EnvironmentFault or StorageError."""
+def resolve(name: str, *, revision: str | None = None, allow_download: bool = False, weights: bool = True) -> Source:
+    """The source for `name`; converts or fetches where needed, of a hub id without its weights where those are not asked for.
+
+    Raises ModelError, EnvironmentFault or StorageError."""
     if name == "starter":
         folder = _once(f"starter-{STARTER_SHA256[:12]}-{LAYOUT}", _make_starter)
         return Source("starter", folder, name, folder_digest(folder))
@@ -68,7 +70,7 @@ def resolve(name: str, *, revision: str | None = None, allow_download: bool = Fa
         return Source("folder", path, name, folder_digest(path))
     if path.is_file():
         return _from_file(path, name)
-    return _from_hub(name, revision, allow_download)
+    return _from_hub(name, revision, allow_download, weights)
 
 
 def _from_file(path: Path, name: str) -> Source:
@@ -82,7 +84,7 @@ def _from_file(path: Path, name: str) -> Source:
     return Source("gguf", folder, name, folder_digest(folder))
 
 
-def _from_hub(name: str, revision: str | None, allow_download: bool) -> Source:
+def _from_hub(name: str, revision: str | None, allow_download: bool, weights: bool) -> Source:
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_like_path:
         raise ModelError(
@@ -99,7 +101,8 @@ def _from_hub(name: str, revision: str | None, allow_download: bool) -> Source:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        left_out = None if weights else ["*.safetensors"]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=left_out))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as fault:
         raise EnvironmentFault(
             "the hub did not give this model", code="E-ENV-042", place=f"model {name!r}, revision {revision or 'main'}",

@@ -1,7 +1,9 @@
 """How transformers is called: without its progress bars and reports, and with the errors of its Rust parts made catchable."""
 
+import io
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from types import TracebackType
 
 import transformers
@@ -9,13 +11,17 @@ import transformers
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers' progress bars and reports are off inside; both are put back."""
+    """transformers' progress bars and reports are off inside; both are put back.
+
+    Its GGUF reader draws a bar of its own on standard error: in a log file that would be hundreds of lines.
+    """
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
     try:
-        yield
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+            yield
     finally:
         log.set_verbosity(level)
         if bars:

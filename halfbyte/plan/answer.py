@@ -49,8 +49,11 @@ class Answer:
     rates: Rates | None
 
 
-def shape_of(name: str) -> tuple[ModelShape, Path | None]:
-    """(shape, the model's tokenizer.json where there is one) of a config.json, a folder, or whatever else names a model."""
+def shape_of(name: str, *, allow_download: bool = False) -> tuple[ModelShape, Path | None]:
+    """(shape, the model's tokenizer.json where there is one) of a config.json, a folder, or whatever else names a model.
+
+    With `allow_download` config and tokenizer of a hub id are fetched, its weights are not.
+    """
     path = Path(name).expanduser()
     if path.suffix == ".json" or path.is_dir():
         folder = path.parent if path.suffix == ".json" else path
@@ -58,7 +61,7 @@ def shape_of(name: str) -> tuple[ModelShape, Path | None]:
     else:
         from halfbyte.models.source import resolve
 
-        folder = resolve(name).folder
+        folder = resolve(name, allow_download=allow_download, weights=False).folder
         shape = ModelShape.read(folder)
     tokenizer = folder / "tokenizer.json"
     return shape, tokenizer if tokenizer.is_file() else None

@@ -14,6 +14,7 @@ def ask(
     model: str, *, data: str | None = None, gpu: str | None = None, gpu_memory: str | None = None, method: str | None = None,
     rank: int = 16, targets: str = "all-linear", max_tokens: int | None = None, micro_batch_size: int | None = None,
     policy: str | None = None, state: str | None = None, calibrate: bool = False,
+    allow_download: bool = False,
 ) -> Question:  # fmt: skip
     """The question behind a command line.  Raises ConfigError, ModelError, TargetError or DataError."""
     _one_of("--method", method, METHODS)
@@ -28,7 +29,7 @@ def ask(
             "only this machine's processor can be calibrated", code="E-CONF-407", place="--calibrate", found=place.name,
             remedy="leave --calibrate out; times for a card are estimates from its published peak", nothing_done="Nothing was planned.",
         )  # fmt: skip
-    shape, tokenizer = shape_of(model)
+    shape, tokenizer = shape_of(model, allow_download=allow_download)
     rows = count_rows(data, tokenizer)
     names = tuple(name.strip() for name in targets.split(",") if name.strip())
     if not names:

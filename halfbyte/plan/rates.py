@@ -30,6 +30,7 @@ from halfbyte.shape import ModelShape
 
 VERSION = 2
 LONGEST_SECONDS = 600.0
+BUSY = 0.5  # load of the last minute for each core
 MADE_BY = ("halfbyte", "torch", "numba")
 LARGEST_LAYER = 64_000_000
 """Parameters of a layer from which on wider ones are measured at half their widths: the rate of products no longer grows."""
@@ -174,6 +175,23 @@ def keep(rates: Rates, path: Path | None = None) -> Path:
             remedy="free some space, or name another folder with HALFBYTE_CACHE", nothing_done="Nothing was kept.",
         ) from fault  # fmt: skip
     return path
+
+
+def is_busy() -> bool:
+    """Whether others compute here now, so that what is measured would not be what this machine can."""
+    return os.getloadavg()[0] > BUSY * host.usable_cores()
+
+
+def require_idle() -> None:
+    """Raise EnvironmentFault on a busy machine: its rates would be kept, and later plans would quote them."""
+    if is_busy():
+        raise EnvironmentFault(
+            "a machine is measured while it is idle", code="E-ENV-403", place="--calibrate",
+            found=f"a load of {os.getloadavg()[0]:.1f} in the last minute on {host.usable_cores()} cores",
+            expected=f"at most {BUSY * host.usable_cores():.1f}",
+            remedy="repeat it once the machine is idle, or leave --calibrate out; a later calibration takes the place of an earlier one",
+            nothing_done="Nothing was measured.",
+        )  # fmt: skip
 
 
 def measure(shape: ModelShape, dtype: str) -> float:

@@ -18,13 +18,23 @@ ROWS = (
 
 def plan_text(given: Answer) -> str:
     """All of it."""
-    parts = [_head(given), _table(given), _fitting(given), _failing(given), _time(given)]
+    parts = [_head(given), _table(given), _fitting(given), _failing(given), _time(given), _next(given)]
     return "\n\n".join(part for part in parts if part)
+
+
+def _next(given: Answer) -> str:
+    """The command that trains with the best method; nothing where none fits, or where the place is not here."""
+    question = given.question
+    if not given.ranking or question.hardware.name != PROCESSOR:
+        return ""
+    model = question.name.removesuffix("config.json").rstrip("/") or "."
+    return f"next     halfbyte train --model {model} --data FILE --method {given.ranking[0][0]}"
 
 
 def _head(given: Answer) -> str:
     (_, model), (_, place), *others = about(given)
-    lines = [model, f"on {place}", *(f"{label}: {text}" if label == "rows" else text for label, text in others)]
+    labels = {"rows": "rows: ", "planned for": "planned for "}
+    lines = [model, f"on {place}", *(labels.get(label, "") + text for label, text in others)]
     return "\n".join(lines)
 
 
@@ -41,7 +51,7 @@ def about(given: Answer) -> list[tuple[str, str]]:
     if rows is not None:
         longest, total = f"{rows.longest:,}", count_text(sum(rows.tokens))
         said.append(("rows", f"{len(rows.tokens):,}, the longest of {longest} tokens, {total} tokens in all (estimate, by {rows.how})"))
-    said.append(("planned", f"planned for rows of {question.base.tokens:,} tokens and adapters of rank {question.base.rank}"))
+    said.append(("planned for", f"rows of {question.base.tokens:,} tokens and adapters of rank {question.base.rank}"))
     if shape.packed:
         stored = f" in {shape.stored[0]}" if shape.stored[0] else ""
         said.append(("storage", f"its files are packed already{stored}: method qlora trains beside them, the others need the 16-bit model"))
@@ -150,7 +160,8 @@ def _time(given: Answer) -> str:
     length = f"{steps:,} steps of {size} rows in an epoch; " if steps else ""
     timed = [(method, seconds_per_step(given, one)) for method, one in found_with_change(given) if one.verdict != NOT]
     if any(seconds is None for _, seconds in timed) or not timed:
-        here = "; `halfbyte plan --calibrate` measures it" if given.question.hardware.name == PROCESSOR else ""
+        command = f"halfbyte plan {given.question.name} --calibrate"
+        here = f"; `{command}` measures it, while the machine is idle" if given.question.hardware.name == PROCESSOR else ""
         return f"time: {length}not calibrated for this place, so no time is given{here}"
     each = [f"{method} {duration_text(s)} a step" + (f", {duration_text(s * steps)} an epoch" if steps else "") for method, s in timed if s]
     return f"time for steps of {size} rows ({time_source(given)}): {length}{'; '.join(each)}"

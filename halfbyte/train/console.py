@@ -32,7 +32,9 @@ class Pace:
         self.first, self.total, self.began = header.first_step, header.total_steps, time.monotonic()
 
     def left(self, step: int) -> str:
-        """Time to the last step as text; "?" before the first."""
+        """Time to the last step as text; "?" before the first, at the last what is still to do."""
+        if step >= self.total:
+            return "0 steps, then evaluation and report"
         done = step - self.first
         return seconds_text((time.monotonic() - self.began) / done * (self.total - step)) if done > 0 else "?"
 

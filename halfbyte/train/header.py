@@ -22,8 +22,9 @@ def header_of(training: "Training") -> Header:
     stored = "" if config.quant_format == "none" else f", base in {config.quant_format}"
     packed = f" in {len(training.items):,} packed ones" if config.data.packing else ""
     windows = train.global_batch_size // int(train.micro_batch_size)
+    own = "" if assembled.injected is None else " with the adapter"
     lines = [
-        ("model", f"{assembled.source.name}, {count_text(assembled.total_params)} parameters, {bytes_text(assembled.weight_bytes)}"),
+        ("model", f"{assembled.source.name}, {count_text(assembled.total_params)} parameters{own}, {bytes_text(assembled.weight_bytes)}"),
         ("dtype", assembled.dtype + (f": {assembled.dtype_reason}" if assembled.dtype_reason else "")),
         ("method", f"{config.method}{stored}" + ("" if train.activations == "keep" else f", activations: {train.activations}")),
         ("trains", f"{count_text(assembled.trainable_params)} parameters, {percent_text(share)}"),

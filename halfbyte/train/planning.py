@@ -7,7 +7,6 @@ What the plan does not know (a family outside shape.py, targets that match nothi
 `method: auto` cannot go on without it.  A resumed run keeps what its first start chose, from its own config.yaml, and is not refused.
 """
 
-import os
 from pathlib import Path
 
 import torch
@@ -23,13 +22,12 @@ from halfbyte.models.load import choose_dtype
 from halfbyte.models.packed_folder import storage_of
 from halfbyte.plan.decide import Choice, Decision, RowsSeen, applied, decide, operations, require_room, with_time
 from halfbyte.plan.hardware import Hardware, accelerator, processor
-from halfbyte.plan.rates import Rates, measure, nearest_rates, read_all, widths_of
+from halfbyte.plan.rates import Rates, is_busy, measure, nearest_rates, read_all, widths_of
 from halfbyte.shape import ModelShape
 from halfbyte.train.run_folder import RunFolder
 
 LONG_RUN_SECONDS, OPERATIONS_OF_A_CORE = 120.0, 1e11
 """A run that takes longer than this at so many operations a second and core is worth a calibration of a few seconds."""
-BUSY = 0.5  # load of the last minute for each core
 
 DECIDED = ("method", "data.max_tokens", "train.micro_batch_size", "train.activations")
 
@@ -98,8 +96,8 @@ def rates_for(decision: Decision, dtype: str) -> Rates | None:
     cores = host.usable_cores()
     if exact or operations(decision) < LONG_RUN_SECONDS * OPERATIONS_OF_A_CORE * cores:
         return found
-    if os.getloadavg()[0] > BUSY * cores:
-        logger().info("this machine is not calibrated and is busy now: `halfbyte plan --calibrate` measures it once it is idle")
+    if is_busy():
+        logger().info("this machine is not calibrated and is busy now: `halfbyte plan MODEL --calibrate` measures it once it is idle")
         return found
     logger().info("measuring this machine once, for the times of plans")
     measure(decision.shape, dtype)

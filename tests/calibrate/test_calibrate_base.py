@@ -211,7 +211,8 @@ def test_rows_are_drawn_with_the_seed_and_too_few_are_refused() -> None:
 def test_the_command_writes_the_folder_and_says_what_was_gained(folder: Path, tmp_path: Path) -> None:
     made = hb.quantize(folder / "model", tmp_path / "out", calibrate=folder / "rows.jsonl", start_rank=4, calibration_rows=15)
     text = made.text()
-    assert "calibrated on 15 rows" in text and "lora.init=calibrated lora.rank=4" in text and "bits a parameter" in text
+    assert "calibrated on 15 rows" in text and "lora.init=calibrated lora.rank=4" in text and "bits a parameter of these layers" in text
+    assert "next     halfbyte train --model" in text
     assert (tmp_path / "out" / "start" / "adapter_config.json").is_file() and (tmp_path / "out" / "calibration.json").is_file()
     assert hb.generate(tmp_path / "out", "abc", max_new_tokens=3) is not None
     alone = hb.quantize(folder / "model", tmp_path / "alone", calibrate=folder / "rows.jsonl")

@@ -86,20 +86,22 @@ def test_what_does_not_fit_is_told_what_to_change(tmp_path: Path) -> None:
     code, text, _ = _run(tmp_path, "--gpu", "A100 80GB")
     assert code == 0 and "what does not fit" in text and "largest term is weights, dense" in text and "first change: method=qlora" in text
     code, text, _ = _run(tmp_path, "--gpu-memory", "24", "--method", "qlora")
-    assert "nothing of this fits" in text and "take a card with 48 GB" in text
+    assert code == 7 and "nothing of this fits" in text and "next " not in text and "take a card with 48 GB" in text
 
 
 def test_rows_give_the_length_and_the_steps(config: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"prompt": "a" * 90, "completion": "b" * 30}) for _ in range(40)), encoding="utf-8")
     code, text, _ = _run(config, "--data", rows, "--gpu-memory", "24")
-    assert code == 0 and "rows: 40, the longest of 89 tokens" in text and "estimate" in text and "3 steps of 16 rows" in text
+    assert code == 0 and "rows: 40, the longest of 51 tokens" in text and "estimate" in text and "3 steps of 16 rows" in text
 
 
 def test_a_calibration_of_this_place_gives_time(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path))
     monkeypatch.setattr(hardware, "_driver_says", lambda: None)
-    assert "`halfbyte plan --calibrate` measures it" in _run(config)[1]
+    text = _run(config)[1]
+    assert f"`halfbyte plan {config} --calibrate` measures it" in text
+    assert f"next     halfbyte train --model {config.parent} --data FILE --method " in text
     path = keep(replace(RATES, dtype=compute_dtype(hardware.this_machine())))
     text = _run(config)[1]
     assert "time for steps of 16 rows (estimate from the calibration of this machine on 2026-11-02" in text and "a step" in text
@@ -126,6 +128,10 @@ def test_calibrating_measures_keeps_and_uses(config: Path, tmp_path: Path, monke
         return 1.0
 
     monkeypatch.setattr(rates, "measure", measured)
+    monkeypatch.setattr(rates.os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
+    code, text, err = _run(config, "--calibrate")
+    assert code == 3 and err.startswith("error E-ENV-403") and "a load of 1000.0" in err and not asked and not text
+    monkeypatch.setattr(rates.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     code, text, _ = _run(config, "--calibrate")
     assert code == 0 and len(asked) == 1 and "calibration of this machine on 2026-11-02)" in text
     code, _, err = _run(config, "--calibrate", "--gpu", "H100")
@@ -200,3 +206,17 @@ def test_a_page_is_written_again_over_itself(config: Path, tmp_path: Path) -> No
     for card in ("24", "80"):
         assert _run(config, "--gpu-memory", card, "--page", page)[0] == 0
         assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_a_hub_id_is_planned_from_its_config_alone(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def fetched(name: str, **options: object) -> str:
+        asked.update(options)
+        return str(config.parent)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    code, _, err = _run("owner/name", "--gpu-memory", "24")
+    assert code == 2 and "--allow-download" in err and not asked
+    code, text, _ = _run("owner/name", "--gpu-memory", "24", "--allow-download")
+    assert code == 0 and "owner/name: " in text and asked["ignore_patterns"] == ["*.safetensors"]

@@ -125,6 +125,7 @@ def test_time_left_counts_the_steps_of_this_process_only(monkeypatch: pytest.Mon
     pace = console.Pace(Header(lines=[], total_steps=60, first_step=50))
     assert pace.left(50) == "?"
     assert pace.left(55) == "10.0 s"
+    assert pace.left(pace.total) == "0 steps, then evaluation and report"
 
 
 class Recorder(types.ModuleType):
