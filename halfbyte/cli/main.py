@@ -35,6 +35,9 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at a data file: is it usable, and what will be trained?")
 
+NOT_TRAINING = {"plan": "planned", "rank": "measured", "quantize": "written", "eval": "measured", "merge": "merged", "generate": "written"}
+"""What each of these commands has not done when it ends in an error."""
+
 
 @app.callback()
 def _options(
@@ -79,7 +82,7 @@ def run(arguments: Sequence[str]) -> int:
     except HalfbyteError as error:
         if debug:
             traceback.print_exc()
-        _say(error.text())
+        _say(_told(error, arguments))
         return error.exit_code
     except KeyboardInterrupt as stop:
         return _stopped(stop)
@@ -126,6 +129,14 @@ def _stopped(stop: KeyboardInterrupt) -> int:
 
 def _say(text: str) -> None:
     print(redact.terminal(redact.secrets(text)), file=sys.stderr, flush=True)
+
+
+def _told(error: HalfbyteError, arguments: Sequence[str]) -> str:
+    """The block of an error; checks that commands share with training close it in the word of this command."""
+    name = next((word for word in arguments if not word.startswith("-")), "")
+    if error.nothing_done == "Nothing was trained." and name in NOT_TRAINING:
+        error.nothing_done = f"Nothing was {NOT_TRAINING[name]}."
+    return error.text()
 
 
 def _no_memory(error: Exception) -> DoesNotFitError:

@@ -31,7 +31,7 @@ Adapter = Annotated[Path | None, typer.Option("--adapter", metavar="RUN", help="
 Truncate = Annotated[int | None, typer.Option("--truncate", metavar="R", help="With --adapter: make an adapter of this rank.")]
 Joint = Annotated[bool, typer.Option("--joint", help="With --truncate: the same parameters, given to the modules that need them.")]
 To = Annotated[Path | None, typer.Option("--to", metavar="FOLDER", help="New folder for the truncated adapter.")]
-MaxRows = Annotated[int | None, typer.Option("--max-rows", metavar="N", help="With --adapter: only the first N rows of --data.")]
+MaxRows = Annotated[int | None, typer.Option("--max-rows", metavar="N", help="With --adapter: only the first N rows of --data.", min=1)]
 MEASURED: dict[str, Any] = {"stages": "capacity,gradient,probe", "task": "instructions", "rows": 256, "probe_rank": 64}
 """What is measured where nothing else is asked for."""
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -146,8 +146,11 @@ def model_card(config: LoraConfig, base_name: str | None, task: str | None, note
     lines = ["---"]
     if base_name:
         lines.append(f"base_model: {json.dumps(base_name)}")
-    lines += ["library_name: peft",
-        f"pipeline_tag: {'text-classification' if task == 'sequence-classification' else 'text-generation'}", "tags:"]
+    lines += [
+        "library_name: peft",
+        f"pipeline_tag: {'text-classification' if task == 'sequence-classification' else 'text-generation'}",
+        "tags:",
+    ]
     lines += [f"- {json.dumps(f'base_model:adapter:{base_name}')}"] if base_name else []
     lines += ["- lora", "- transformers", "---", "", "# Adapter", ""]
     kind = ("DoRA" if config.dora else "LoRA") + (" with rsLoRA scaling" if config.rslora else "")
@@ -198,7 +201,8 @@ def _require_files(folder: Path) -> None:
         if not (folder / name).is_file():
             raise refused(
                 "E-ADAPT-040", "an adapter folder must be complete", str(folder), f"no {name}", f"{CONFIG_NAME} and {WEIGHTS_NAME}",
-                "an interrupted save leaves such a folder: save again" if names else "name the folder of the adapter itself",
+                "an interrupted save leaves such a folder: save again" if {CONFIG_NAME, WEIGHTS_NAME} & set(names)
+                else "it holds no adapter, like the folder of a run of method full; name the folder of an adapter",
             )  # fmt: skip
 
 
@@ -249,8 +253,9 @@ def _own_facts(folder: Path, ranks: Mapping[str, int], alphas: Mapping[str, floa
         digest, scaling = facts["base_digest"], dict(facts["scaling"])
         loftq = LoftqBase.model_validate(facts["loftq"]) if "loftq" in facts else None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise refused("E-ADAPT-044", "halfbyte.json must be as it was written", str(path), f"{type(error).__name__}: {error}",
-            "JSON") from None
+        raise refused(
+            "E-ADAPT-044", "halfbyte.json must be as it was written", str(path), f"{type(error).__name__}: {error}", "JSON"
+        ) from None
     for name, rank in ranks.items():
         expected = alphas[name] / (rank**0.5 if rslora else rank)
         noted = scaling.get(name)
@@ -268,7 +273,10 @@ def _whole_modules(named: Named, raw: Mapping[str, Any], folder: Path) -> tuple[
         there = any(name.endswith(entry) for name in named.whole)
         if not there and not (raw["task_type"] == TASKS["sequence-classification"] and entry in CLASSIFIER_HEADS):
             raise refused(
-                "E-ADAPT-046", "a module of modules_to_save must have tensors", f"{folder}, module {entry}",
-                f"{len(named.whole)} others", entry
+                "E-ADAPT-046",
+                "a module of modules_to_save must have tensors",
+                f"{folder}, module {entry}",
+                f"{len(named.whole)} others",
+                entry,
             )
     return tuple(named.whole)

@@ -183,3 +183,14 @@ def test_a_look_at_data_does_not_say_that_nothing_was_trained(tmp_path: Path, ca
     assert main.run(["data", "check", str(path)]) == 2
     told = capsys.readouterr().err
     assert "E-DATA-043" in told and "trained" not in told
+
+
+@pytest.mark.parametrize(("name", "word"), [("rank", "measured"), ("train", "trained")])
+def test_a_shared_check_speaks_of_the_command_that_was_given(name: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run([name, "one.yaml", "two.yaml"]) == 2
+    shown = capsys.readouterr().err
+    assert "E-CONF-080" in shown and shown.strip().endswith(f"Nothing was {word}.")
+
+
+def test_a_number_of_rows_begins_at_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["rank", "--adapter", "x", "--data", "y", "--max-rows", "0"]) == 2 and "--max-rows" in capsys.readouterr().err

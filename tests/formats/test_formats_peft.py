@@ -239,14 +239,19 @@ def test_what_does_not_read_back_is_not_saved(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(AdapterError, match="4 of 4 tensors differ"):
         write(folder, given=tensors(seed=1))
     assert torch.equal(peft.read(folder).tensors[f"{Q}.lora_a"], tensors()[f"{Q}.lora_a"])
-    assert sorted(entry.name for entry in folder.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors",
-        "halfbyte.json"]
+    assert sorted(entry.name for entry in folder.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "halfbyte.json",
+    ]
 
 
 @pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize("moment", range(6))
-def test_a_crash_while_saving_leaves_the_old_or_a_refused_folder(fresh: bool, moment: int, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_while_saving_leaves_the_old_or_a_refused_folder(
+    fresh: bool, moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stop at the n-th rename: the folder is the old adapter, the new one, or refused; never a mixture."""
     folder = tmp_path / "adapter"
     if not fresh:
@@ -297,3 +302,11 @@ def test_a_disk_that_refuses_is_a_storage_error(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(StorageError, match="No space left"):
         write(tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "said"), [("config.json", "holds no adapter"), ("adapter_config.json", "an interrupted save")])
+def test_a_folder_without_an_adapter_is_told_from_half_of_one(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(AdapterError, match=said) as caught:
+        peft.read(tmp_path)
+    assert caught.value.code == "E-ADAPT-040"
