@@ -50,6 +50,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(result))
         return
-    units = {} if "accuracy" in result else {"loss": " nats per scored token", "tokens": " scored: those that carry the loss"}
     for name, value in result.items():
-        typer.echo((f"{name} {value:.6f}" if isinstance(value, float) else f"{name} {value}") + units.get(name, ""))
+        typer.echo(f"{name} {value:.6f}" if isinstance(value, float) else f"{name} {value}")
+    if "accuracy" not in result:  # beside the lines that programs read
+        typer.echo("(loss in nats per scored token; tokens counts the scored ones, those that carry the loss)", err=True)

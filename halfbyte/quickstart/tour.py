@@ -4,7 +4,7 @@ Everything lands in one run folder, the rows included, so that a person sees the
 
     <run>/rows.jsonl, held_out.jsonl      <run>/adapter      <run>/report.html      and all that every run has
 
-The untouched model is the same 4-bit base with a fresh adapter, which changes nothing before its first step.
+Stopped after a checkpoint, the same command goes on in the same folder.  The untouched model is the same 4-bit base with a fresh adapter, which changes nothing before its first step.
 """
 
 import json
@@ -17,6 +17,7 @@ from typing import Any
 from halfbyte import host
 from halfbyte.config import RunConfig, load_config
 from halfbyte.data.tokenize import Example
+from halfbyte.errors import Interrupted
 from halfbyte.evaluate.prompts import prompt_of
 from halfbyte.evaluate.rows import scores
 from halfbyte.log import logger
@@ -26,6 +27,7 @@ from halfbyte.quickstart import screen, task
 from halfbyte.train import from_config, loop
 from halfbyte.train.run_folder import RunFolder
 
+OUT = Path("runs/quickstart")
 STEPS = 40
 SETTINGS: dict[str, Any] = {
     "method": "qlora", "model": "starter", "lora.rank": 16, "lora.alpha": 32, "optim.learning_rate": 2e-3, "train.max_steps": STEPS,
@@ -68,15 +70,27 @@ class Outcome:
 def run(out: Path, *, seed: int = 0, picture: Path | None = None) -> Outcome:
     """The whole tour; prints what happens and the closing screen.  Raises what training raises."""
     began = time.monotonic()
-    out = free_folder(out)
+    asked = out
     train, held_out = task.make(seed)
-    config = settings(out, seed, write_rows(out, train, held_out))
+    resume = (begun := stopped_folder(out, train)) is not None
+    out = begun or free_folder(out)
+    config = (
+        load_config(RunFolder(out).config, flags={"out": str(out)}) if resume else settings(out, seed, write_rows(out, train, held_out))
+    )
     logger().info("quickstart: %d requests to learn from, %d held out, all made here; the run is in %s", len(train), len(held_out), out)
-    prepared = from_config.prepare(config)
+    prepared = from_config.prepare(config, resume=resume)
     examples = sorted(prepared.data.eval, key=lambda example: example.row)
     logger().info("asking the untouched model %d held-out requests", len(examples))
     before = answers(prepared.assembled, examples)
-    loop.run(prepared.config, prepared.assembled, prepared.data)
+    try:
+        loop.run(prepared.config, prepared.assembled, prepared.data, resume=resume)
+    except Interrupted as stopped:
+        options = ("" if asked == OUT else f" --out {asked}") + (f" --seed {seed}" if seed else "")
+        again = f"halfbyte quickstart{options}" + ("" if options else ", or make quickstart,")
+        raise Interrupted(
+            stopped.rule, code=stopped.code, exit_code=stopped.exit_code, place=stopped.place,
+            remedy=f"the same command goes on from there: {again}",
+        ) from None  # fmt: skip
     logger().info("asking the trained model the same %d requests", len(examples))
     after = answers(prepared.assembled, examples)
     rows = [held_out[example.row] for example in examples]
@@ -87,6 +101,24 @@ def run(out: Path, *, seed: int = 0, picture: Path | None = None) -> Outcome:
     write_results(outcome)
     screen.show(outcome, picture)
     return outcome
+
+
+def stopped_folder(out: Path, train: Sequence[task.Row]) -> Path | None:
+    """The first of `out`, `out`-2 ... in which a tour with these rows was stopped after a checkpoint; None where there is none."""
+    rows = _lines(train).encode()
+    number, found = 1, out
+    while found.exists():
+        file = found / "rows.jsonl"
+        begun = RunFolder(found).config.is_file() and any((found / "checkpoints").glob("step-*"))
+        if begun and not (found / "quickstart.json").exists() and file.is_file() and file.read_bytes() == rows:
+            return found
+        number += 1
+        found = out.with_name(f"{out.name}-{number}")
+    return None
+
+
+def _lines(rows: Sequence[task.Row]) -> str:
+    return "".join(json.dumps(row.messages()) + "\n" for row in rows)
 
 
 def free_folder(out: Path) -> Path:
@@ -103,7 +135,7 @@ def write_rows(out: Path, train: Sequence[task.Row], held_out: Sequence[task.Row
     RunFolder(out).open(resume=False)
     paths = out / "rows.jsonl", out / "held_out.jsonl"
     for path, rows in zip(paths, (train, held_out)):
-        RunFolder(out).write_text(path, "".join(json.dumps(row.messages()) + "\n" for row in rows))
+        RunFolder(out).write_text(path, _lines(rows))
     return paths
 
 

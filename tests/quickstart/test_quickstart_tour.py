@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from halfbyte.errors import Interrupted
 from halfbyte.pages import terminal_picture
 from halfbyte.quickstart import screen, task, tour
+from tests.end_to_end import tiny_world
 
 
 def outcome(folder: Path) -> tour.Outcome:
@@ -69,3 +71,25 @@ def test_the_report_of_the_tour_holds_scores_and_samples(tmp_path: Path) -> None
     page = (tmp_path / "report.html").read_text()
     assert "95.0 %" in page and "&lt;idea&gt;" in page and "always the commonest answer" in page
     assert json.loads((tmp_path / "quickstart.json").read_text())["after"] == 0.95
+
+
+def test_a_stopped_tour_goes_on_in_its_folder_and_ends_with_its_screen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = task.make(train_rows=16, held_out_rows=8)
+    monkeypatch.setattr(task, "make", lambda seed: few)
+    small = {"model": str(tiny_world.write_model(tmp_path / "model")), "train.max_steps": 4, "train.global_batch_size": 4}
+    monkeypatch.setattr(tour, "SETTINGS", {**tour.SETTINGS, **small, "train.eval_every_steps": 2, "train.save_every_steps": 2})
+    monkeypatch.setattr(tour, "LONGEST_ANSWER", 2)
+    monkeypatch.setenv("HALFBYTE_FAULTS", "train.step_done:sigterm:3")
+    with pytest.raises(Interrupted) as stopped:
+        tour.run(tmp_path / "q")
+    assert stopped.value.exit_code == 143 and f"halfbyte quickstart --out {tmp_path / 'q'}" in stopped.value.remedy
+    assert "train --resume" not in stopped.value.remedy
+    monkeypatch.delenv("HALFBYTE_FAULTS")
+    assert tour.stopped_folder(tmp_path / "q", few[0][1:]) is None
+    done = tour.run(tmp_path / "q")
+    assert done.folder == tmp_path / "q" and "before and after" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "q" / "run.json").read_text())
+    assert summary["status"] == "finished" and summary["steps"] == 4
+    assert tour.stopped_folder(tmp_path / "q", few[0]) is None and tour.free_folder(tmp_path / "q") == tmp_path / "q-2"
