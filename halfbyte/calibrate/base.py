@@ -28,6 +28,7 @@ from halfbyte.config.lora import LoraConfig
 from halfbyte.config.model import ModelConfig
 from halfbyte.config.quant import QuantConfig
 from halfbyte.errors import DataError, DoesNotFitError, ModelError, StorageError, UnsupportedError
+from halfbyte.log import logger
 from halfbyte.lora.inject import inject
 from halfbyte.lora.targets import alpha_of, candidates, completed, rank_of, resolve
 from halfbyte.lora.variants import scaling_of
@@ -92,9 +93,12 @@ def calibrate(
     linear = [name for name in names if not is_experts(model.get_submodule(name)) and name.startswith(backbone)]
     updates = {} if lora is None else updates_of(model, lora)
     made: dict[str, CalibratedLayer] = {}
+    logger().info("calibrating %d layers on %d rows", len(linear), len(rows))
     for group in collect(model, linear, rows, bytes_at_once=bytes_at_once):
         for name, seen in group.items():
             made[name] = calibrate_layer(name, dense_weight(model.get_submodule(name)), seen, quant, updates.get(name), seed)
+            if 10 * len(made) // len(linear) > 10 * (len(made) - 1) // len(linear):
+                logger().info("calibrated %d of %d layers", len(made), len(linear))
     layers = [_put(model, name, made.get(name), quant, name in linear) for name in names]
     checking = sum(len(row) for row in rows[CHECK_EVERY - 1 :: CHECK_EVERY])
     quality = Quality(tuple(layers), len(rows), sum(map(len, rows)), checking, 0 if lora is None else lora.rank)

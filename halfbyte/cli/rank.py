@@ -63,8 +63,10 @@ def rank(
     `halfbyte rank --adapter RUN --truncate 8 --to FOLDER --data F` writes the nearest adapter of rank 8 and measures what it costs.
     """
     from json import dumps
+    from logging import WARNING
 
     from halfbyte.cli.terminal import say
+    from halfbyte.log import logger
 
     asked = {"stages": stages, "task": task, "rows": rows, "probe_rank": probe_rank}
     measuring = asked != MEASURED or modules or method is not None or probe_steps is not None or bool(settings) or model is not None
@@ -80,7 +82,12 @@ def rank(
         flags: dict[str, object] = {"model": model, "data": data, "method": method, "model.allow_download": allow_download or None}
         config = load_config(path, overrides, {name: value for name, value in flags.items() if value is not None})
         names = tuple(name.strip() for name in stages.split(",") if name.strip())
-        found = recommend(config, Ask(names, task, probe_rank, probe_steps, rows))
+        level = logger().level
+        logger().setLevel(WARNING if as_json else level)  # no progress beside numbers for a program
+        try:
+            found = recommend(config, Ask(names, task, probe_rank, probe_steps, rows))
+        finally:
+            logger().setLevel(level)
         text, values = rank_text.recommendation_text(found, modules=modules), rank_text.recommendation_dict(found)
     if as_json:
         typer.echo(dumps(values, indent=1))  # not `say`: what looks like a secret ("tokens": 12) would be blanked

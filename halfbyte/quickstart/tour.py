@@ -4,7 +4,8 @@ Everything lands in one run folder, the rows included, so that a person sees the
 
     <run>/rows.jsonl, held_out.jsonl      <run>/adapter      <run>/report.html      and all that every run has
 
-Stopped after a checkpoint, the same command goes on in the same folder.  The untouched model is the same 4-bit base with a fresh adapter, which changes nothing before its first step.
+Stopped after a checkpoint, the same command goes on in the same folder.
+The untouched model is the same 4-bit base with a fresh adapter, which changes nothing before its first step.
 """
 
 import json

@@ -27,6 +27,7 @@ from halfbyte.data.batches import Batch, Batches
 from halfbyte.data.load import TrainData, load_data, require_task
 from halfbyte.data.tokenize import Example
 from halfbyte.errors import ConfigError, DataError, nearest
+from halfbyte.log import logger
 from halfbyte.models.assemble import Assembled, assemble
 from halfbyte.models.load import load_tokenizer, token_limit
 from halfbyte.models.source import resolve
@@ -152,11 +153,14 @@ def measure(config: RunConfig, ask: Ask, data: TrainData, assembled: Assembled) 
     steps = total_steps(config, len(items))
     held, gradient, probe = None, None, None
     if "capacity" in ask.stages:
+        logger().info("rank: capacity, what the rows hold")
         held = capacity(problem, data.train, sample, rank_one, ask.task)
     if "gradient" in ask.stages:
+        logger().info("rank: gradient, over %d pieces of the rows", len(sample))
         gradient = gradient_spectrum(problem, sample[::2], sample[1::2], sketch=sketch_for(problem), seed=config.train.seed)
     if "probe" in ask.stages:
         length = ask.probe_steps or min(steps, max(PROBE_LEAST, math.ceil(PROBE_SHARE * steps)))
+        logger().info("rank: probe, a short run of %d steps", length)
         probe = probe_run(problem, rank=ask.probe_rank, steps=length, rate=rate_of(config, assembled))
         held = held.with_gain(probe.gain) if held is not None else None
     most = largest_rank(config, sides, free_bytes(problem.device) // 2)

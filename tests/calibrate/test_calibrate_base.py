@@ -208,8 +208,10 @@ def test_rows_are_drawn_with_the_seed_and_too_few_are_refused() -> None:
             choose_rows(few, 128, 0, "f")
 
 
-def test_the_command_writes_the_folder_and_says_what_was_gained(folder: Path, tmp_path: Path) -> None:
+def test_the_command_writes_the_folder_and_says_what_was_gained(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = hb.quantize(folder / "model", tmp_path / "out", calibrate=folder / "rows.jsonl", start_rank=4, calibration_rows=15)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("calibrated ")]
+    assert 2 <= len(told) <= 14 and len({line.split()[-2] for line in told}) == 1 and told[-1].split()[1] == told[-1].split()[3]
     text = made.text()
     assert "calibrated on 15 rows" in text and "lora.init=calibrated lora.rank=4" in text and "bits a parameter of these layers" in text
     assert "next     halfbyte train --model" in text

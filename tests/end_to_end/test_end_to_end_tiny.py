@@ -62,7 +62,9 @@ def test_eval_prints_the_loss_the_run_reported(runs: Path, rows_file: Path, tmp_
         held_out.write_text("".join(line for number, line in enumerate(lines) if number not in rows))
         capsys.readouterr()
         assert command(["eval", str(run.folder), "--data", str(held_out)]) == 0
-        printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+        told = capsys.readouterr()
+        printed = dict(line.split() for line in told.out.splitlines())
+        assert "nats per scored token" in told.err
         assert float(printed["loss"]) == pytest.approx(run.summary["final_eval_loss"], rel=2e-3)
         assert float(printed["perplexity"]) == pytest.approx(float(torch.tensor(float(printed["loss"])).exp()), rel=1e-4)
 
