@@ -5,6 +5,14 @@ from typing import Annotated
 
 import typer
 
+_POLICY = Annotated[
+    str | None,
+    typer.Option("--policy", metavar="keep|recompute_mlp|recompute|offload", help="What the backward pass finds kept; else what fits."),
+]
+_DOWNLOAD = Annotated[
+    bool, typer.Option("--allow-download", help="Fetch a Hub id's config and tokenizer, no weights; else nothing is fetched.")
+]
+
 
 def plan(
     model: Annotated[
@@ -22,19 +30,14 @@ def plan(
         int | None, typer.Option("--max-tokens", metavar="N", help="Longest row; else the model's limit, at most 1024.")
     ] = None,
     micro_batch_size: Annotated[int | None, typer.Option("--micro-batch-size", metavar="N", help="Rows at once; else what fits.")] = None,
-    policy: Annotated[
-        str | None,
-        typer.Option("--policy", metavar="keep|recompute_mlp|recompute|offload", help="What the backward pass finds kept; else what fits."),
-    ] = None,
+    policy: _POLICY = None,
     state: Annotated[str | None, typer.Option("--state", metavar="float32|int8", help="Optimizer state; else what fits.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")] = False,
     page: Annotated[str | None, typer.Option("--page", metavar="FILE", help="Write the answer as a page of its own as well.")] = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Measure this machine at the model's widths first, for the times; kept in the cache folder.")
     ] = False,
-    allow_download: Annotated[
-        bool, typer.Option("--allow-download", help="Fetch a Hub id's config and tokenizer, no weights; else nothing is fetched.")
-    ] = False,
+    allow_download: _DOWNLOAD = False,
 ) -> None:
     """Say whether training fits, with all methods side by side: memory term by term, the settings that fit, what to change.
 
