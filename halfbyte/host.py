@@ -6,11 +6,14 @@ stated as RssAnon and whole runs as peak RSS.  Source of the fields: https://man
 """
 
 import errno
+import hashlib
 import os
 import platform
 import resource
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -46,6 +49,25 @@ def usable_cores() -> int:
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _cgroup_quota()
     return max(1, min(count, quota)) if quota else count
+
+
+def processor_share(seconds: float = 0.2) -> float:
+    """Share of the usable processor time that this program is given right now, 0 to 1: one thread a core computes for so long.
+
+    Unlike the load average it is of the last moment, and in a container it is the container's own.
+    """
+    cores, block = usable_cores(), bytes(1 << 20)  # hashing a large block does not hold the interpreter's lock
+
+    def compute(_: int) -> float:
+        began, until = time.thread_time(), time.monotonic() + seconds
+        while time.monotonic() < until:
+            hashlib.sha256(block).digest()
+        return time.thread_time() - began
+
+    started = time.monotonic()
+    with ThreadPoolExecutor(cores) as pool:
+        used = sum(pool.map(compute, range(cores)))
+    return min(1.0, used / (cores * (time.monotonic() - started)))
 
 
 def _cgroup_quota() -> int | None:

@@ -160,3 +160,16 @@ def test_a_limit_of_the_shell_counts_less_what_is_mapped() -> None:
 def test_every_kind_of_no_memory_is_known(error: Exception) -> None:
     assert host.is_out_of_memory(error)
     assert not host.is_out_of_memory(type(error)("other")) or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not hold a program to a core")
+def test_the_share_of_the_processor_is_what_is_given_now() -> None:
+    """One core, another program computing on it: about half.  The load average of the last minute would not know it yet."""
+    program = (
+        "import os, subprocess, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "from halfbyte import host\n"
+        "other = subprocess.Popen([sys.executable, '-c', 'print(flush=True)\\nwhile True: pass'], stdout=subprocess.PIPE)\n"
+        "other.stdout.readline(); print(host.processor_share(0.5)); other.kill()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert 0.0 < float(done.stdout) < 0.75

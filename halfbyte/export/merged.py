@@ -30,7 +30,7 @@ from halfbyte.units import bytes_text, percent_text
 
 BASES = ("trained", "original")
 ROUNDED = {
-    "bfloat16": "  (bfloat16 keeps 8 bits of a weight: some per cent of the largest logit is usual; with --dtype float32 next to nothing)"
+    "bfloat16": "  (merged weights are rounded to bfloat16, 8 bits of each; --dtype float32 rounds none)"
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

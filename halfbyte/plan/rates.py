@@ -27,10 +27,11 @@ from typing import Any
 from halfbyte import env, host
 from halfbyte.errors import EnvironmentFault, StorageError
 from halfbyte.shape import ModelShape
+from halfbyte.units import percent_text
 
 VERSION = 2
 LONGEST_SECONDS = 600.0
-BUSY = 0.5  # load of the last minute for each core
+IDLE = 0.8  # share of the processor time that a program is given; less, and others compute here
 MADE_BY = ("halfbyte", "torch", "numba")
 LARGEST_LAYER = 64_000_000
 """Parameters of a layer from which on wider ones are measured at half their widths: the rate of products no longer grows."""
@@ -179,16 +180,17 @@ def keep(rates: Rates, path: Path | None = None) -> Path:
 
 def is_busy() -> bool:
     """Whether others compute here now, so that what is measured would not be what this machine can."""
-    return os.getloadavg()[0] > BUSY * host.usable_cores()
+    return host.processor_share() < IDLE
 
 
 def require_idle() -> None:
     """Raise EnvironmentFault on a busy machine: its rates would be kept, and later plans would quote them."""
-    if is_busy():
+    share = host.processor_share()
+    if share < IDLE:
         raise EnvironmentFault(
             "a machine is measured while it is idle", code="E-ENV-403", place="--calibrate",
-            found=f"a load of {os.getloadavg()[0]:.1f} in the last minute on {host.usable_cores()} cores",
-            expected=f"at most {BUSY * host.usable_cores():.1f}",
+            found=f"{percent_text(share)} of the time of {host.usable_cores()} cores, others take the rest",
+            expected=f"at least {percent_text(IDLE)}",
             remedy="repeat it once the machine is idle, or leave --calibrate out; a later calibration takes the place of an earlier one",
             nothing_done="Nothing was measured.",
         )  # fmt: skip

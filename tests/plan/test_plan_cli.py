@@ -128,10 +128,10 @@ def test_calibrating_measures_keeps_and_uses(config: Path, tmp_path: Path, monke
         return 1.0
 
     monkeypatch.setattr(rates, "measure", measured)
-    monkeypatch.setattr(rates.os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
+    monkeypatch.setattr(rates.host, "processor_share", lambda: 0.3)
     code, text, err = _run(config, "--calibrate")
-    assert code == 3 and err.startswith("error E-ENV-403") and "a load of 1000.0" in err and not asked and not text
-    monkeypatch.setattr(rates.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    assert code == 3 and err.startswith("error E-ENV-403") and "30.00 % of the time" in err and not asked and not text
+    monkeypatch.setattr(rates.host, "processor_share", lambda: 1.0)
     code, text, _ = _run(config, "--calibrate")
     assert code == 0 and len(asked) == 1 and "calibration of this machine on 2026-11-02)" in text
     code, _, err = _run(config, "--calibrate", "--gpu", "H100")

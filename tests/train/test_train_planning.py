@@ -121,7 +121,7 @@ def long_run(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> p
     """A decision for a run that counts as long, on an idle machine without rates; `measure` must not be called unless a test allows it."""
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(planning, "LONG_RUN_SECONDS", 0.0)
-    monkeypatch.setattr(rates.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(rates.host, "processor_share", lambda: 1.0)
     monkeypatch.setattr(planning, "measure", lambda shape, dtype: pytest.fail("measured"))
     here(monkeypatch, 64 << 30)
     return planning.decide(
@@ -144,10 +144,10 @@ def test_a_long_run_on_an_idle_machine_measures_it_once(long_run: planning.Decis
 def test_short_runs_busy_machines_and_gpus_are_not_measured(long_run: planning.Decision, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = replace(long_run, place=Hardware("NVIDIA L4", "gpu", 20 << 30))
     assert planning.rates_for(gpu, "bfloat16") is None
-    monkeypatch.setattr(rates.os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
+    monkeypatch.setattr(rates.host, "processor_share", lambda: 0.3)
     assert planning.rates_for(long_run, "bfloat16") is None
     monkeypatch.setattr(planning, "LONG_RUN_SECONDS", 1e9)
-    monkeypatch.setattr(rates.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(rates.host, "processor_share", lambda: 1.0)
     assert planning.rates_for(long_run, "bfloat16") is None
 
 
