@@ -5,9 +5,9 @@
     probe      a short run of a large rank, cut to smaller ones    as many steps as a tenth of the planned run, at least 30; as many again
                                                                    for each of the up to three small ranks that are run
 
-Each stage may be left out.  What is trained, on what base and at which rate is a run's own settings (RunConfig); dropout and DoRA are
-left out of the trial.  With data.packing a step is one of packed rows, in the run as in the probe; capacity, gradient and the held-out loss
-look at rows one by one.
+Each stage may be left out.  What is trained, on what base and at which rate is a run's own settings (RunConfig); dropout, DoRA and
+whatever else is in rank_problem.PLAIN are left out of the trial, and a base that would be calibrated is the plain one.  With data.packing
+a step is one of packed rows, in the run as in the probe; capacity, gradient and the held-out loss look at rows one by one.
 
 Bytes of a parameter follow the types (`training_bytes`): 4 in the file and 16 while training in float32, fewer in 16 bits or with an
 int8 state; those while training are computed, an estimate.  Seconds a step are an estimate too: measured at one rank, and scaled by the
@@ -37,7 +37,7 @@ from halfbyte.studies.rank_capacity import TASKS, Capacity, capacity
 from halfbyte.studies.rank_decision import MOST, Decision, decide
 from halfbyte.studies.rank_gradient import Gradient, gradient_spectrum, module_ranks
 from halfbyte.studies.rank_probe import Point, Probe, powers, probe_run
-from halfbyte.studies.rank_problem import Problem, adapt, token_loss
+from halfbyte.studies.rank_problem import PLAIN, Problem, adapt, token_loss
 from halfbyte.studies.rows import spread_evenly
 from halfbyte.train.resolve import learning_rate, total_steps
 from halfbyte.train.training import Items, items_of
@@ -184,8 +184,15 @@ def setting_text(config: RunConfig, data: TrainData, assembled: Assembled, steps
     return (
         f"{assembled.source.name}, {config.method}, {len(data.train)} training and {min(len(data.eval), HELD_OUT_ROWS)} held-out rows of "
         f"{config.data.path}, alpha {config.lora.alpha:g}, for a run of {steps} {'step' if steps == 1 else 'steps'} of "
-        f"{config.train.global_batch_size} {packed}{shorter}, seed {config.train.seed}"
+        f"{config.train.global_batch_size} {packed}{shorter}, seed {config.train.seed}{left_out(config)}"
     )
+
+
+def left_out(config: RunConfig) -> str:
+    """The settings that were given and have no part in the trial, in words; empty without any."""
+    given = [f"lora.{name}" for name, plain in PLAIN.items() if getattr(config.lora, name) != plain]
+    given += ["quant.calibrate"] if config.quant.calibrate else []
+    return f"; left out of the trial: {', '.join(given)}" if given else ""
 
 
 def rate_of(config: RunConfig, assembled: Assembled) -> float:

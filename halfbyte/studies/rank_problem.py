@@ -6,6 +6,7 @@ teacher's logits.  A stage puts the adapter it needs into the model with `adapt`
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,11 @@ from halfbyte.train.step import clip
 
 LossSum = Callable[[nn.Module, Batch], tuple[Tensor, int]]
 Adapter = LoraLinear | LoraEmbedding
+PLAIN: dict[str, Any] = {
+    "ranks": {}, "alphas": {}, "dropout": 0.0, "dora": False, "lora_bias": False, "train_bias": "none", "init": "default",
+    "fully_trained": (),
+}  # fmt: skip
+"""What every trial of a rank leaves out of the adapter."""
 
 
 def token_loss(model: nn.Module) -> LossSum:
@@ -68,10 +74,7 @@ def adapt(problem: Problem, rank: int, *, alpha: float | None = None, start: boo
     Raises UnsupportedError for fused experts.
     """
     eject(problem.model)
-    config = problem.lora.model_copy(update={
-        "rank": rank, "alpha": problem.alpha if alpha is None else alpha, "ranks": {}, "alphas": {}, "dropout": 0.0, "dora": False,
-        "lora_bias": False, "train_bias": "none", "init": "default", "fully_trained": (),
-    })  # fmt: skip
+    config = problem.lora.model_copy(update={**PLAIN, "rank": rank, "alpha": problem.alpha if alpha is None else alpha})
     inject(problem.model, config, seed=problem.seed, start=start)
     found: dict[str, Adapter] = {}
     for name, layer in updates(problem.model).items():

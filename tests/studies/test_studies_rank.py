@@ -23,7 +23,7 @@ from halfbyte.lora.inject import updates
 from halfbyte.models.load import load_tokenizer
 from halfbyte.models.source import resolve
 from halfbyte.studies import rank_problem
-from halfbyte.studies.rank import Recommendation, free_bytes, largest_rank, timing_of, training_bytes
+from halfbyte.studies.rank import Recommendation, free_bytes, largest_rank, left_out, timing_of, training_bytes
 from halfbyte.studies.rank_capacity import Capacity, counted, new_share, without_repeats
 from halfbyte.studies.rank_decision import MOST, decide
 from halfbyte.studies.rank_gradient import Gradient, ModuleGradient, gradient_spectrum, module_ranks
@@ -253,6 +253,13 @@ def test_bytes_follow_the_types_of_adapter_and_optimizer(dtype: str, state: str,
     """Weight and gradient, moments of 4 bytes or of 1 and a scale for 256 in tensors of 4,096 and more, masters beside 16-bit weights."""
     config = load_config(None, [f"lora.dtype={dtype}", f"optim.state={state}", "data=rows.jsonl"])
     assert training_bytes(config, [1000, 8000]) == wanted
+
+
+def test_settings_without_a_part_in_the_trial_are_named() -> None:
+    plain = load_config(None, ["method=qlora", "data=rows.jsonl"])
+    assert left_out(plain) == ""
+    some = load_config(None, ["method=qlora", "data=rows.jsonl", "lora.dropout=0.1", "lora.init=pissa", "quant.calibrate=true"])
+    assert left_out(some) == "; left out of the trial: lora.dropout, lora.init, quant.calibrate"
 
 
 @pytest.fixture(scope="module")
