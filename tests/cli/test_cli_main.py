@@ -82,9 +82,10 @@ def test_a_seed_has_the_bounds_of_the_generators(words: list[str], seed: str, ca
 def test_ctrl_c_is_answered_in_one_line(words: list[str]) -> None:
     """A process of its own, typer and the signal are real; only the work is replaced by a long sleep."""
     code = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
         "from halfbyte import api, config\n"
         "from halfbyte.cli import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell leaves it ignored in what it starts in the background
         "def work(*given, **named):\n"
         "    print('at work', flush=True)\n"
         "    time.sleep(60)\n"
@@ -177,7 +178,7 @@ def test_ordinary_text_is_left_alone() -> None:
     )
 
 
-def test_a_look_at_data_does_not_say_that_nothing_was_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str], starter: object) -> None:
+def test_a_look_at_data_does_not_say_that_nothing_was_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "Hi", "completion": "Hello"}\n{"prompt": "Hi"}\n', encoding="utf-8")
     assert main.run(["data", "check", str(path)]) == 2

@@ -25,4 +25,4 @@ def test_small_models_and_llama_3_are_worth_it(changes: dict[str, object], worth
     assert found is worth and "published" in why
     assert ("quant.calibrate=true" in advice(shape(tmp_path, **changes), "nf4")) is worth
     assert not advice(shape(tmp_path, **changes), "int8")
-    assert not advice(shape(tmp_path, **changes, quantization_config={"load_in_4bit": True}), "nf4")
+    assert not advice(shape(tmp_path, **changes, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "nf4")
