@@ -372,9 +372,15 @@ def test_refusals(words: tuple[object, ...], code: str, world: tuple[Path, Path]
 
 def test_the_page_has_the_figures_of_the_result() -> None:
     """docs/rank.md against the committed result."""
-    planted = json.loads((RESULTS / "rank.json").read_text())["planted"]
+    result = json.loads((RESULTS / "rank.json").read_text())
+    planted, sets = result["planted"], result["sets"]
     page = (RESULTS.parents[1] / "docs" / "rank.md").read_text()
     for rank in sorted({case["planted"] for case in planted["cases"]}):
         found = ", ".join(str(case["recommended"]) for case in planted["cases"] if case["planted"] == rank)
         assert f"| {rank} | {found} |" in page
     assert f"{planted['within_factor_2']} of {planted['draws']} are within a factor of two" in page
+    for one in sets["sets"]:
+        losses = " | ".join(f"{one['losses'][str(rank)]:.4f}" for rank in sets["ranks"])
+        assert f"| {one['set']} | {losses} | {one['smallest']} | {one['recommended']} | {one['above_best_percent']:+.2f} % |" in page
+    assert f"{sets['passed']} of {len(sets['sets'])}" in page
+    assert f"{sets['sum']:.2f} against {sets['sum_always_16']:.2f} for always 16" in page
