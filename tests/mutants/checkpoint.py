@@ -110,8 +110,9 @@ RESUMING = [
     Mutant("T70", "progress starts anew", "halfbyte/train/state.py", "    return Progress.from_json(state.progress.to_json())\n",
            "    return Progress(step=state.progress.step, cursor=state.progress.cursor)\n", ONE_POINT),
     Mutant("T70", "log lines of steps done again doubled", "halfbyte/train/training.py",
-           "        self.folder.write_start(self.config, self.data.now)\n        self.metrics.cut(self.progress.metrics_offset)\n",
-           "        self.folder.write_start(self.config, self.data.now)\n", ONE_POINT),
+           "        self.metrics.cut(self.progress.metrics_offset)\n"
+           "        self.history = self.metrics.records()\n        self.seconds_before",
+           "        self.history = self.metrics.records()\n        self.seconds_before", ONE_POINT),
     Mutant("T70", "iterating the loader draws from the global generator", "halfbyte/data/batches.py",
            "            generator=torch.Generator().manual_seed(self.seed),", "            ", ONE_POINT),
     Mutant("T70", "half a window saved by a signal with its random numbers gone", "halfbyte/train/training.py",

@@ -166,8 +166,8 @@ MUTANTS = [
     ),
     Mutant(
         "T57", "the product with one row swaps even and odd elements", "halfbyte/kernels/matmul_4bit/cpu.py",
-        "        apart = x.float().reshape(rows, columns // 32, 16, 2).transpose(2, 3)",
-        "        apart = x.float().reshape(rows, columns // 32, 16, 2).flip(3).transpose(2, 3)",
+        "self.x.float().reshape(self.rows, columns // 32, 16, 2).transpose(2, 3)",
+        "self.x.float().reshape(self.rows, columns // 32, 16, 2).flip(3).transpose(2, 3)",
         "tests/kernels/test_kernels_matmul_4bit.py::test_few_rows",
     ),
     Mutant(
