@@ -210,7 +210,7 @@ def file_digest(path: Path) -> str:
     return hashed.hexdigest()
 
 
-def folder_digest(folder: Path, kinds: tuple[str, ...] = (".json", ".safetensors", ".jinja", ".model")) -> str:
+def folder_digest(folder: Path, kinds: tuple[str, ...] = (".json", ".safetensors", ".jinja", ".model", ".txt")) -> str:
     """sha256 over the names and `file_digest`s of the files of these `kinds`: config, tokenizer, template and weights."""
     hashed = hashlib.sha256()
     for path in sorted(folder.iterdir()):

@@ -115,7 +115,6 @@ def run(study: Study, path: Path, say: Say) -> Results:
     """
     _check(study)
     with opened(path, say) as folder:
-        judging.adopt(folder.path)
         require_same(folder.path / "study.json", study.identity())
         found = rows.prepare(folder.path, study.arms[0].config, sweep_rows=study.sweep_rows)
         asked, words = _asked(study, folder.path)

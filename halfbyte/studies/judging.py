@@ -20,8 +20,6 @@ from halfbyte.models.source import resolve
 from halfbyte.studies.identity import digests_of
 from halfbyte.studies.runs import Folder, call, failure, read_json, write_json
 
-OF_JUDGEMENT = ("general", "score", "samples")
-"""What a study's description held in earlier versions and each judgement holds now."""
 COMPARED = ("before", "general_sha256", "score", "samples")
 
 
@@ -85,20 +83,6 @@ def check(reader: Reader, asked: Asked, held_out: Path, arms: Sequence[tuple[str
             remedy="give data.max_tokens a number that all held-out rows are within, or leave the long rows out of the file",
             nothing_done="Nothing was trained.",
         )  # fmt: skip
-
-
-def adopt(folder: Path) -> None:
-    """Put what an earlier version kept in study.json where it belongs now, so that its judgements stay."""
-    before = read_json(folder / "study.json")
-    if before is None or not all(key in before for key in (*OF_JUDGEMENT, "files")):
-        return
-    given, files = before["general"], dict(before["files"])
-    digest = files.pop(given, None) if given in files else None
-    for place in folder.glob("judged/*/seed-*.order.json"):
-        order = read_json(place)
-        if "general_sha256" not in order and "general" in order:
-            write_json(place, {**order, "general_sha256": digest or _digest(order["general"])})
-    write_json(folder / "study.json", {**{key: value for key, value in before.items() if key not in OF_JUDGEMENT}, "files": files})
 
 
 def _digest(general: str | None) -> str | None:

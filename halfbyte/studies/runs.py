@@ -53,8 +53,6 @@ NEEDED = ("steps", "seconds", "peak_memory_bytes", "weight_bytes", "trainable_pa
 """What a table is made of, of every run that finished."""
 PARTS = ("rows", "bases", "sweep", "points", "runs", "judged")
 """What the stages of a study leave in its folder."""
-NOTED_LATER = ("models",)
-"""Parts of a study's description that studies of earlier versions lack."""
 BEGUN = "--- halfbyte study: "
 """Begins what one process says in a log that several share."""
 RUNNING: "set[subprocess.Popen[bytes]]" = set()
@@ -138,12 +136,11 @@ def require_same(path: Path, now: dict[str, Any]) -> None:
     """The study described by `now` begins, or goes on, where `path` describes one.
 
     Where that is another one: it is replaced, with a base that it made, if none of its runs took a step, for a first command that was
-    refused leaves little worth keeping; otherwise CheckpointError.  What an older study did not note (NOTED_LATER) is as it is now.
+    refused leaves little worth keeping; otherwise CheckpointError.
     """
-    stored = read_json(path, ("settings",))
-    if stored is not None and not all(isinstance(stored.get(key, {}), dict) for key in ("settings", "models")):
+    before = read_json(path, ("settings",))
+    if before is not None and not all(isinstance(before.get(key, {}), dict) for key in ("settings", "models")):
         raise _damaged(path, "settings that are no object")
-    before = None if stored is None else {**{key: now[key] for key in NOTED_LATER if key in now}, **stored}
     if before is not None and before != now and set(now) == set(before) and forgotten(path.parent):
         before = None
     if before is None:
@@ -156,8 +153,6 @@ def require_same(path: Path, now: dict[str, Any]) -> None:
             found=f"other {', '.join(keys)}", remedy="name another folder with --out, or the same settings as before",
             nothing_done="Nothing was trained.",
         )  # fmt: skip
-    elif stored != now:
-        write_json(path, now)
 
 
 def _differences(key: str, before: Any, now: Any) -> list[str]:

@@ -18,7 +18,7 @@ from halfbyte.models.calibrated_base import START
 from halfbyte.studies import arms, compare, comparison, comparison_files, judge, runs
 from halfbyte.studies.arms import arms_of
 from halfbyte.studies.compare import Score, Study
-from halfbyte.studies.identity import MODEL_FILES, WHOLE, digests_of, models_of
+from halfbyte.studies.identity import digests_of, models_of
 from tests.end_to_end import tiny_world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -358,45 +358,40 @@ def test_a_file_that_changed_under_a_study_is_noticed(world: Path, tmp_path: Pat
 
 
 def test_a_model_that_changed_under_a_study_is_noticed(world: Path, tmp_path: Path) -> None:
-    """# T71 small files by their contents, weights by size and time; the name of the folder says nothing about either."""
+    """# T71 by its contents and those of its low-rank start; a copy is the same model, the name of the folder says nothing."""
     model = tmp_path / "model"
     (model / START).mkdir(parents=True)
     (model / "config.json").write_text("{}")
     (model / "notes.md").write_text("a")
-    (model / "model.safetensors").write_bytes(bytes(WHOLE + 1))
+    (model / "model.safetensors").write_bytes(bytes(64))
     (model / START / "adapter_model.safetensors").write_bytes(b"a")
     seen = [models_of(str(model))]
     (model / "notes.md").write_text("b")
-    os.utime(model / "config.json", (1, 1))
-    assert models_of(str(model)) == seen[0] and len(seen[0]) == 3 and models_of("starter", "owner/name") == {}
+    os.utime(model / "model.safetensors", (1, 1))
+    assert models_of(str(model)) == seen[0] and set(seen[0]) == {str(model), str(model / START)}
+    assert models_of("starter", "owner/name") == {}
     for change in (
-        lambda: (model / "config.json").write_text("[]"), lambda: os.utime(model / "model.safetensors", (1, 1)),
+        lambda: (model / "config.json").write_text("[]"), lambda: (model / "model.safetensors").write_bytes(bytes(63) + b"a"),
         lambda: (model / START / "adapter_model.safetensors").write_bytes(b"b"), lambda: (model / "vocab.txt").write_text("a"),
     ):  # fmt: skip
         change()
         seen.append(models_of(str(model)))
         assert seen[-1] != seen[-2]
     assert list(models_of(str(model / "model.safetensors"))) == [str(model / "model.safetensors")]
-    assert set(study(world).identity()["models"]) == {str(file) for file in (world / "tiny").iterdir() if file.suffix in MODEL_FILES}
 
 
-def test_a_study_of_an_earlier_version_goes_on(world: Path, tmp_path: Path) -> None:
-    """# T71 it did not note its model, which is taken over where nothing else changed; from then on it is held to it."""
+def test_a_study_of_another_model_does_not_go_on(world: Path, tmp_path: Path) -> None:
+    """# T71 where a run has made a step; the message names the folder and both digests."""
     now = study(world).identity()
-    older = {key: value for key, value in now.items() if key != "models"}
+    assert set(now["models"]) == {str(world / "tiny")}
     metrics = tmp_path / "runs" / "full" / "seed-0" / "metrics.jsonl"
     metrics.parent.mkdir(parents=True)
     metrics.write_text('{"step": 1, "loss": 2.5}\n')
-    runs.write_json(tmp_path / "study.json", older)
-    with pytest.raises(CheckpointError, match="other seeds"):
-        runs.require_same(tmp_path / "study.json", {**now, "seeds": 9})
-    assert runs.read_json(tmp_path / "study.json") == older
-    runs.require_same(tmp_path / "study.json", now)
-    assert runs.read_json(tmp_path / "study.json") == now and metrics.exists()
-    config = next(name for name in now["models"] if name.endswith("config.json"))
-    changed = {**now, "models": {**now["models"], config: "another"}}
-    with pytest.raises(CheckpointError, match=r"other models\..*config\.json \(sha256 .* before, another now\)"):
+    runs.write_json(tmp_path / "study.json", now)
+    changed = {**now, "models": {str(world / "tiny"): "another"}}
+    with pytest.raises(CheckpointError, match=r"other models\..*tiny \([0-9a-f]{40} before, another now\)"):
         runs.require_same(tmp_path / "study.json", changed)
+    assert runs.read_json(tmp_path / "study.json") == now
 
 
 def test_settings_that_would_not_see_the_same_rows_are_refused(world: Path, tmp_path: Path) -> None:
