@@ -6,12 +6,14 @@
               seeds, method lora on the starter model, one epoch, one rate per set: the best of RATES at rank 16 on SWEEP_ROWS of the rows,
               judged by other training rows; alpha 32 for every rank, so that the rate does not depend on the rank.  The recommender sees
               the training rows only.  A rank it names that is not in RANKS is trained too.
+(c) fresh     the same with rows of gsm8k that are not among those of (b), trained and held out, one seed: for a rule that was changed after
+              (b) had been seen.
 
     smallest  the smallest rank of RANKS whose held-out loss (mean over the seeds) is within 1 % of the best of RANKS
     passed    the recommended rank is within 1 % of the best, and at most 2 x smallest
     sum       over the sets, of  percent above the best loss  +  doublings above smallest;  compared with "always 16"
 
-    python -m benchmarks.bench_rank [--part planted|sets|all] [--work FOLDER] [--jobs 2]     resumes: what has its result is not repeated
+    python -m benchmarks.bench_rank [--part planted|sets|fresh|all] [--work FOLDER] [--jobs 2]   resumes: what has its result is kept
 """
 
 import argparse
@@ -36,6 +38,7 @@ from halfbyte.studies.rows import spread_evenly
 PLANTED, DRAWS = (1, 4, 16, 64), 5
 PROBE = {"rank": 128, "steps": 100, "rate": 4e-3}
 SETS, RANKS, SEEDS = ("e2e_nlg", "e2e_nlg-reversed", "gsm8k"), (1, 4, 16, 64, 128), (0, 1)
+FRESH, FRESH_SEEDS = ("gsm8k-fresh",), (0,)
 ROWS, HELD_OUT, SWEEP_ROWS, RATES = 600, 200, 300, (5e-4, 1e-3, 2e-3)
 
 
@@ -80,6 +83,15 @@ def planted_part(work: Path, jobs: int, draws: int) -> dict[str, Any]:
     return {"probe": PROBE, "within_factor_2": sum(case["right"] for case in found), "draws": len(found), "cases": found}
 
 
+def source_of(name: str) -> str:
+    """The folder of a set's rows.
+
+    >>> source_of("e2e_nlg-reversed"), source_of("gsm8k-fresh")
+    ('e2e_nlg', 'gsm8k')
+    """
+    return name.partition("-")[0]
+
+
 def row_of(name: str, row: dict[str, Any]) -> dict[str, Any]:
     """A row as this set wants it; reversed: the text is the prompt and the meaning is the answer."""
     row = as_training_row(row)
@@ -89,13 +101,17 @@ def row_of(name: str, row: dict[str, Any]) -> dict[str, Any]:
 def prepare(work: Path, rows: int) -> None:
     """Write template and rows once: <set>-train, <set>-eval, and the sweep's two."""
     (work / "plain.jinja").write_text(TEMPLATE)
-    for name in SETS:
-        source = name.removesuffix("-reversed")
+    for name in (*SETS, *FRESH):
+        source = source_of(name)
         for part, file, count in (("train", "train", rows), ("eval", "test", min(rows, HELD_OUT))):
             with (record.SHARED / source / f"{file}.jsonl").open(encoding="utf-8") as lines:
                 read = [json.loads(line) for line in lines]
             short = [row for row in map(partial(row_of, name), read) if len(json.dumps(row)) <= MAX_CHARS[source]]
-            chosen = [short[number] for number in spread_evenly(short, count)]
+            numbers = spread_evenly(short, count)
+            if name in FRESH:
+                short = [row for number, row in enumerate(short) if number not in {*numbers}]
+                numbers = spread_evenly(short, count)
+            chosen = [short[number] for number in numbers]
             write_rows(work / f"{name}-{part}.jsonl", chosen)
             if part == "train":
                 size = min(SWEEP_ROWS, len(chosen) * 3 // 4)
@@ -165,7 +181,8 @@ def set_of(work: Path, name: str, each: Callable[..., Any]) -> dict[str, Any]:
     asked = ["rank", "--model", "starter", "--method", "lora", "--data", str(work / f"{name}-train.jsonl"), "--json", *settings(work, rate)]
     found = json.loads(each(lambda words: run(work, f"rank-{name}-{code_digest()}", words), [asked])[0])
     losses = trained(work, name, rate, RANKS, each) | trained(work, name, rate, {found["rank"]} - {*RANKS}, each)
-    means = {rank: sum(losses[rank, seed] for seed in SEEDS) / len(SEEDS) for rank in sorted({rank for rank, _ in losses})}
+    seeds = seeds_of(name)
+    means = {rank: sum(losses[rank, seed] for seed in seeds) / len(seeds) for rank in sorted({rank for rank, _ in losses})}
     return {"set": name, "rate": rate, "sweep": swept, **judged(means, found["rank"]), "losses": means,
             "by_seed": {f"r{rank} seed {seed}": loss for (rank, seed), loss in losses.items()},
             "recommender": {key: found[key] for key in ("decided_by", "reasons", "choices", "probe", "seconds")}}  # fmt: skip
@@ -173,8 +190,12 @@ def set_of(work: Path, name: str, each: Callable[..., Any]) -> dict[str, Any]:
 
 def trained(work: Path, name: str, rate: float, ranks: Iterable[int], each: Callable[..., Any]) -> dict[tuple[int, int], float]:
     """(rank, seed) -> held-out loss."""
-    jobs = [(rank, seed) for rank in ranks for seed in SEEDS]
+    jobs = [(rank, seed) for rank in ranks for seed in seeds_of(name)]
     return dict(zip(jobs, each(lambda job: train(work, name, rate, *job), jobs)))
+
+
+def seeds_of(name: str) -> tuple[int, ...]:
+    return FRESH_SEEDS if name in FRESH else SEEDS
 
 
 def sets_part(work: Path, jobs: int, rows: int, names: Sequence[str]) -> dict[str, Any]:
@@ -182,14 +203,14 @@ def sets_part(work: Path, jobs: int, rows: int, names: Sequence[str]) -> dict[st
     prepare(work, rows)
     with ThreadPoolExecutor(jobs) as pool, ThreadPoolExecutor(len(names)) as sets:
         found = list(sets.map(lambda name: set_of(work, name, lambda task, over: list(pool.map(task, over))), names))
-    return {"rows": rows, "ranks": RANKS, "seeds": SEEDS, "sets": found, "passed": sum(one["passed"] for one in found),
+    return {"rows": rows, "ranks": RANKS, "seeds": seeds_of(names[0]), "sets": found, "passed": sum(one["passed"] for one in found),
             "sum": sum(one["score"] for one in found), "sum_always_16": sum(one["score_always_16"] for one in found)}  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", type=Path, default=Path("runs/bench-rank"))
-    parser.add_argument("--part", choices=("planted", "sets", "all"), default="all")
+    parser.add_argument("--part", choices=("planted", "sets", "fresh", "all"), default="all")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--draws", type=int, default=DRAWS)
     parser.add_argument("--rows", type=int, default=ROWS)
@@ -200,16 +221,18 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     earlier = record.RESULTS / "rank.json"
     kept = json.loads(earlier.read_text()) if earlier.exists() else {}
-    body = {part: kept[part] for part in ("planted", "sets") if part in kept}
+    body = {part: kept[part] for part in ("planted", "sets", "fresh") if part in kept}
     if options.part in ("planted", "all"):
         body["planted"] = {"commit": record.commit(), **planted_part(work, options.jobs, options.draws)}
         print(f"within a factor of 2: {body['planted']['within_factor_2']} of {body['planted']['draws']}")
-    if options.part in ("sets", "all"):
-        body["sets"] = {"commit": record.commit(), **sets_part(work, options.jobs, options.rows, options.sets)}
-        for one in body["sets"]["sets"]:
+    for part, names in (("sets", options.sets), ("fresh", FRESH)):
+        if options.part not in (part, "all"):
+            continue
+        body[part] = {"commit": record.commit(), **sets_part(work, options.jobs, options.rows, names)}
+        for one in body[part]["sets"]:
             print(f"{one['set']:<18} recommended {one['recommended']:>3}  {one['above_best_percent']:+.2f} % of the best  smallest "
                   f"{one['smallest']:>3}  passed {one['passed']}")  # fmt: skip
-        print(f"sum {body['sets']['sum']:.2f}, always 16: {body['sets']['sum_always_16']:.2f}")
+        print(f"sum {body[part]['sum']:.2f}, always 16: {body[part]['sum_always_16']:.2f}")
     full = options.draws >= DRAWS and options.rows >= ROWS
     print(record.write("rank", body) if full else "a small trial: no result is written")
     return 0

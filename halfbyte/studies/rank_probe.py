@@ -5,7 +5,8 @@
     run     rank r from its own start, the same rows and steps, where its cut is not enough     -> what rank r reaches
 
     loss(r)    the better of cut and run: both are adapters of rank r
-    enough(r)  loss(r) - the best loss <= max(tolerance, min(1 standard error of this difference, 0.05 gain))
+    gap(r)     loss(r) - the best loss, e its standard error over the held-out batches
+    enough(r)  gap + e <= tolerance: shown to be as good; or gap <= min(e, 0.05 gain): not told from the best
     tolerance  min(0.01 loss, 0.05 gain)
 
 A cut alone is too dark a view of a small rank: a run of that rank would have put its few directions elsewhere.  To train a cut on for some
@@ -13,7 +14,8 @@ steps does not mend that: it starts the optimizer anew at the full rate, on rows
 (measured: e2e_nlg and planted models).  The runs go down from the smallest rank whose cut is enough, by halving.
 
 The gain is what the probe learnt: loss of the base - the best loss.  A hundredth of the loss is what nobody would notice, unless little was
-to be learnt; then it is a twentieth of that.  One held-out batch has no standard error: then the tolerance decides alone.
+to be learnt; then it is a twentieth of that.  A standard error to spare is asked for because too small a rank costs loss, too large a one
+little.  One held-out batch has no standard error: then the tolerance decides alone.
 """
 
 from collections.abc import Callable
@@ -109,14 +111,20 @@ class Trial:
         return min(map(self.at, self.cuts), key=lambda one: one.loss)
 
     @property
+    def gain(self) -> float:
+        """What was learnt, nats a token."""
+        return self.base_loss - self.best.loss
+
+    @property
     def tolerance(self) -> float:
         """What nobody would notice, nats a token."""
-        return max(0.0, min(OF_LOSS * self.best.loss, OF_GAIN * (self.base_loss - self.best.loss)))
+        return max(0.0, min(OF_LOSS * self.best.loss, OF_GAIN * self.gain))
 
     def enough(self, rank: int) -> bool:
-        """Whether `rank` does as well as the best, within the tolerance or, where it is known, the standard error of their difference."""
+        """Whether `rank` is shown to be as good as the best, or is not told from it."""
         gap, error = self.at(rank).gap(self.best)
-        return gap <= max(self.tolerance, min(error or 0.0, OF_GAIN * (self.base_loss - self.best.loss)))
+        error = error or 0.0
+        return gap + error <= self.tolerance or gap <= min(error, OF_GAIN * self.gain)
 
     def reaches(self, rank: int) -> bool:
         """The same after a run of this rank, where there was none."""

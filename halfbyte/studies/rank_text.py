@@ -45,7 +45,8 @@ def stages_text(found: Recommendation) -> list[str]:
         lines.append(
             f"probe      rank {probe.rank}, {probe.steps} steps at {probe.rate:g}, then cut, and small ranks run: held-out loss "
             f"{probe.base_loss:.4f} -> {probe.loss:.4f} nats/token on {probe.tokens} tokens; a rank is enough within "
-            f"{probe.tolerance:.4f} nats/token{' or the standard error' if known else ' (one held-out batch has no standard error)'}"
+            f"{probe.tolerance:.4f} nats/token"
+            + (", a standard error to spare, or not told from the best" if known else " (one held-out batch has no standard error)")
         )
         header = ["rank", "cut, nats/token", "run, nats/token", "above the best", "standard error"]
         rows = [
@@ -57,13 +58,13 @@ def stages_text(found: Recommendation) -> list[str]:
 
 
 def reasons_of(found: Recommendation) -> list[str]:
-    """The decision's reasons, and that the probe could not tell its rank from the best where the standard error alone made it enough."""
+    """The decision's reasons, and where the probe could not tell its rank from the best, that this alone made it enough."""
     reasons, probe = list(found.decision.reasons), found.probe
     point = probe.points.get(probe.needed) if probe is not None else None
-    if probe is not None and point is not None and point.error is not None and point.gap > probe.tolerance:
+    if probe is not None and point is not None and point.error is not None and point.gap + point.error > probe.tolerance:
         reasons.append(
-            f"probe: rank {point.rank} is {point.gap:.4f} nats/token above the best rank, more than the {probe.tolerance:.4f} that are "
-            f"tolerated; it is taken as enough because the standard error of that is {point.error:.4f}; more held-out rows would tell"
+            f"probe: rank {point.rank} is {point.gap:.4f} nats/token above the best rank with a standard error of {point.error:.4f}: not "
+            f"told from the best, and not shown to be within the {probe.tolerance:.4f} that are tolerated; more held-out rows would tell"
         )
     return reasons
 
