@@ -63,6 +63,9 @@ def test_a_rank_is_worth_the_better_of_its_cut_and_its_run() -> None:
     seen = [(point.rank, point.gap, point.error or 0.0) for point in points if point.rank not in run]
     enough = [rank for rank, gap, error in seen if gap + error <= probe.tolerance or gap <= min(error, 0.05 * probe.gain)]
     assert run and max(run) < min(enough) and probe.needed // 2 in run
+    known = trial({1: (1.5, 1.5), 2: (1.0, 1.0)}, 2.0)
+    known.runs = {1: rank_problem.HeldOut((0.9, 0.9), (1, 1)), 2: rank_problem.HeldOut((1.1, 1.1), (1, 1))}
+    assert known.needed == 1 and (known.point(1).loss, known.point(2).loss) == (0.9, 1.0)
     direct = rank_problem.adapt(problem, run[0])
     rank_problem.train(problem, 30, 8e-3)
     assert rank_problem.held_out(problem).loss == pytest.approx(probe.points[run[0]].run_loss, abs=1e-6) and direct
