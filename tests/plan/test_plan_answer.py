@@ -1,15 +1,12 @@
 """What a plan answers: a folder that is packed, a card without bfloat16, the card to take instead, the rows of a step."""
 
-import io
 import json
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from halfbyte.cli.main import run
 from halfbyte.plan import hardware, question
 from halfbyte.plan.answer import answer
 from halfbyte.plan.memory import packed_bytes, plan_memory
@@ -17,20 +14,7 @@ from halfbyte.plan.question import ask
 from halfbyte.plan.setting import Setting
 from halfbyte.plan.text import _card
 from halfbyte.shape import ModelShape
-from tests.plan.test_plan_search import SMALL
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(SMALL), encoding="utf-8")
-    return path
-
-
-def _run(*words: object) -> tuple[int, str, str]:
-    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
-        code = run(["plan", *map(str, words)])
-    return code, out.getvalue(), err.getvalue()
+from tests.plan.asked import SMALL, plan
 
 
 @pytest.mark.parametrize(
@@ -41,21 +25,21 @@ def _run(*words: object) -> tuple[int, str, str]:
 def test_a_packed_folder_is_planned_as_it_is(tmp_path: Path, block: dict[str, Any], format: str) -> None:
     packed = {**SMALL, "quantization_config": {"quant_method": "bitsandbytes", **block}}
     (tmp_path / "config.json").write_text(json.dumps(packed), encoding="utf-8")
-    code, text, _ = _run(tmp_path, "--gpu", "H100")
+    code, text, _ = plan(tmp_path, "--gpu", "H100")
     assert code == 0 and "1. qlora" in text and "2. " not in text and f"packed already in {format}" in text
-    said = json.loads(_run(tmp_path, "--gpu", "H100", "--json")[1])
+    said = json.loads(plan(tmp_path, "--gpu", "H100", "--json")[1])
     shape, double = ModelShape.from_config(packed), "bnb_4bit_use_double_quant" in block
     wanted = packed_bytes(shape, Setting(format=format, double_quant=double))
     assert [term["bytes"] for term in said["methods"]["qlora"]["terms"] if term["name"] == "weights, packed"] == [wanted]
     assert list(said["methods"]) == ["qlora"]
-    code, _, err = _run(tmp_path, "--gpu", "H100", "--method", "lora")
+    code, _, err = plan(tmp_path, "--gpu", "H100", "--method", "lora")
     assert code == 2 and err.startswith("error E-CONF-409")
 
 
 def test_a_card_without_bfloat16_is_planned_in_float32(config: Path) -> None:
     """T4 and V100 would only emulate it."""
     dense = {
-        name: next(term["bytes"] for term in json.loads(_run(config, "--gpu", name, "--json")[1])["methods"]["lora"]["terms"]
+        name: next(term["bytes"] for term in json.loads(plan(config, "--gpu", name, "--json")[1])["methods"]["lora"]["terms"]
                    if term["name"] == "weights, dense")
         for name in ("T4", "L4")
     }  # fmt: skip
@@ -66,7 +50,7 @@ def test_a_card_that_is_named_is_planned_as_a_card(config: Path, monkeypatch: py
     """A processor's heap and program are not a card's, whose smallest sizes would do for more."""
     small = hardware.Hardware(hardware.PROCESSOR, "cpu", 700 << 20)
     monkeypatch.setattr(question, "this_machine", lambda: small)
-    text = _run(config, "--method", "full")[1]
+    text = plan(config, "--method", "full")[1]
     assert "nothing of this fits" in text and "take a card with 8 GB" in text
     heavy = replace(ask(str(config), method="full"), hardware=small)
     one = answer(heavy).found["full"]
@@ -81,5 +65,5 @@ def _size_for(needed: int) -> int:
 
 
 def test_a_micro_batch_that_was_given_divides_the_step(config: Path) -> None:
-    assert "time for steps of 16 rows" in _run(config, "--gpu", "H100", "--micro-batch-size", 8)[1]
-    assert "time for steps of 24 rows" in _run(config, "--gpu", "H100", "--micro-batch-size", 12)[1]
+    assert "time for steps of 16 rows" in plan(config, "--gpu", "H100", "--micro-batch-size", 8)[1]
+    assert "time for steps of 24 rows" in plan(config, "--gpu", "H100", "--micro-batch-size", 12)[1]

@@ -8,7 +8,7 @@ from halfbyte.errors import EnvironmentFault
 from halfbyte.plan import rates
 from halfbyte.plan.rates import UPDATES, Widths, measure, read_all
 from halfbyte.shape import ModelShape
-from tests.plan.test_plan_search import SMALL
+from tests.plan.asked import SMALL
 
 TINY = {**SMALL, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 512}
 

@@ -1,42 +1,26 @@
 """`halfbyte plan` as a user meets it: without torch, in plain words, as JSON, with wrong input."""
 
-import io
 import json
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from halfbyte.cli.main import run
 from halfbyte.plan import hardware, rates
 from halfbyte.plan.answer import compute_dtype
 from halfbyte.plan.rates import keep
 from halfbyte.shape import ModelShape
+from tests.plan.asked import SMALL, plan
 from tests.plan.test_plan_rates import RATES
-from tests.plan.test_plan_search import SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = {
     "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
     "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": False,
 }  # fmt: skip
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(SMALL), encoding="utf-8")
-    return path
-
-
-def _run(*words: object) -> tuple[int, str, str]:
-    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
-        code = run(["plan", *map(str, words)])
-    return code, out.getvalue(), err.getvalue()
 
 
 def test_no_torch_is_loaded_and_nothing_is_started(config: Path) -> None:
@@ -51,7 +35,7 @@ def test_no_torch_is_loaded_and_nothing_is_started(config: Path) -> None:
 
 
 def test_all_methods_side_by_side(config: Path) -> None:
-    code, text, _ = _run(config, "--gpu", "RTX 3060", "--max-tokens", 512)
+    code, text, _ = plan(config, "--gpu", "RTX 3060", "--max-tokens", 512)
     assert code == 0
     for words in ("qlora", "lora", "full", "GiB", "weights, packed", "optimizer", "what fits, best first", "not calibrated"):
         assert words in text
@@ -59,7 +43,7 @@ def test_all_methods_side_by_side(config: Path) -> None:
 
 
 def test_the_table_adds_up(config: Path) -> None:
-    _, text, _ = _run(config, "--gpu", "RTX 3060")
+    _, text, _ = plan(config, "--gpu", "RTX 3060")
     head, *lines = text.split("\n\n")[1].splitlines()
     column = head.split().index("lora") - 1
     values = [line.rsplit(None, 3)[1:] for line in lines]
@@ -71,7 +55,7 @@ def test_the_table_adds_up(config: Path) -> None:
 
 
 def test_json_says_the_same(config: Path) -> None:
-    code, text, _ = _run(config, "--gpu-memory", "24", "--json", "--method", "lora", "--rank", 8)
+    code, text, _ = plan(config, "--gpu-memory", "24", "--json", "--method", "lora", "--rank", 8)
     answer: dict[str, Any] = json.loads(text)
     assert code == 0 and list(answer["methods"]) == ["lora"]
     lora = answer["methods"]["lora"]
@@ -83,37 +67,37 @@ def test_json_says_the_same(config: Path) -> None:
 
 def test_what_does_not_fit_is_told_what_to_change(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LARGE), encoding="utf-8")
-    code, text, _ = _run(tmp_path, "--gpu", "A100 80GB")
+    code, text, _ = plan(tmp_path, "--gpu", "A100 80GB")
     assert code == 0 and "what does not fit" in text and "largest term is weights, dense" in text and "first change: method=qlora" in text
-    code, text, _ = _run(tmp_path, "--gpu-memory", "24", "--method", "qlora")
+    code, text, _ = plan(tmp_path, "--gpu-memory", "24", "--method", "qlora")
     assert code == 7 and "nothing of this fits" in text and "next " not in text and "take a card with 48 GB" in text
 
 
 def test_rows_give_the_length_and_the_steps(config: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"prompt": "a" * 90, "completion": "b" * 30}) for _ in range(40)), encoding="utf-8")
-    code, text, _ = _run(config, "--data", rows, "--gpu-memory", "24")
+    code, text, _ = plan(config, "--data", rows, "--gpu-memory", "24")
     assert code == 0 and "rows: 40, the longest of 51 tokens" in text and "estimate" in text and "3 steps of 16 rows" in text
 
 
 def test_a_calibration_of_this_place_gives_time(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path))
     monkeypatch.setattr(hardware, "_driver_says", lambda: None)
-    text = _run(config)[1]
+    text = plan(config)[1]
     assert f"`halfbyte plan {config} --calibrate` measures it" in text
     assert f"next     halfbyte train --model {config.parent} --data FILE --method " in text
     path = keep(replace(RATES, dtype=compute_dtype(hardware.this_machine())))
-    text = _run(config)[1]
+    text = plan(config)[1]
     assert "time for steps of 16 rows (estimate from the calibration of this machine on 2026-11-02" in text and "a step" in text
-    assert "not calibrated for this place" in _run(config, "--gpu-memory", "24")[1]
+    assert "not calibrated for this place" in plan(config, "--gpu-memory", "24")[1]
     path.write_text("{", encoding="utf-8")
-    code, _, err = _run(config)
+    code, _, err = plan(config)
     assert code == 3 and err.startswith("error E-ENV-401")
 
 
 def test_a_card_with_a_published_peak_has_a_lower_bound_for_its_time(config: Path) -> None:
-    assert "at the least: estimate from the published peak, 165 TFLOP/s" in _run(config, "--gpu", "RTX 4090")[1]
-    assert "not calibrated" in _run(config, "--gpu", "RTX 3060")[1]
+    assert "at the least: estimate from the published peak, 165 TFLOP/s" in plan(config, "--gpu", "RTX 4090")[1]
+    assert "not calibrated" in plan(config, "--gpu", "RTX 3060")[1]
 
 
 def test_calibrating_measures_keeps_and_uses(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,12 +113,12 @@ def test_calibrating_measures_keeps_and_uses(config: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(rates, "measure", measured)
     monkeypatch.setattr(rates.host, "processor_share", lambda: 0.3)
-    code, text, err = _run(config, "--calibrate")
+    code, text, err = plan(config, "--calibrate")
     assert code == 3 and err.startswith("error E-ENV-403") and "30.00 % of the time" in err and not asked and not text
     monkeypatch.setattr(rates.host, "processor_share", lambda: 1.0)
-    code, text, _ = _run(config, "--calibrate")
+    code, text, _ = plan(config, "--calibrate")
     assert code == 0 and len(asked) == 1 and "calibration of this machine on 2026-11-02)" in text
-    code, _, err = _run(config, "--calibrate", "--gpu", "H100")
+    code, _, err = plan(config, "--calibrate", "--gpu", "H100")
     assert code == 2 and err.startswith("error E-CONF-407") and len(asked) == 1
 
 
@@ -143,7 +127,7 @@ def test_the_page_is_one_file_that_escapes_what_it_shows(tmp_path: Path) -> None
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(SMALL), encoding="utf-8")
     page = tmp_path / "plan.html"
-    code, text, _ = _run(folder, "--gpu-memory", "1.2", "--max-tokens", 512, "--page", page)
+    code, text, _ = plan(folder, "--gpu-memory", "1.2", "--max-tokens", 512, "--page", page)
     made = page.read_text(encoding="utf-8")
     assert code == 0 and "<img src=x" not in made and "&lt;img src=x" in made
     assert "Content-Security-Policy" in made and "http://" not in made and "<script" not in made
@@ -166,25 +150,25 @@ def test_the_page_is_one_file_that_escapes_what_it_shows(tmp_path: Path) -> None
     ],
 )  # fmt: skip
 def test_wrong_input_gives_one_block(config: Path, words: list[str], code: str) -> None:
-    status, out, err = _run(config, *words)
+    status, out, err = plan(config, *words)
     assert status == 2 and not out and err.startswith(f"error {code}") and "Traceback" not in err and err.count("error ") == 1
 
 
 @pytest.mark.parametrize(("text", "code"), [("{", "E-MODEL-903"), ('{"model_type": "bert"}', "E-UNSUP-901"), ("[]", "E-UNSUP-901")])
 def test_a_config_that_cannot_be_read(tmp_path: Path, text: str, code: str) -> None:
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
-    status, _, err = _run(tmp_path / "config.json", "--gpu-memory", "24")
+    status, _, err = plan(tmp_path / "config.json", "--gpu-memory", "24")
     assert status in (2, 3) and err.startswith(f"error {code}")
-    assert _run(tmp_path / "other.json")[2].startswith("error E-MODEL-901")
+    assert plan(tmp_path / "other.json")[2].startswith("error E-MODEL-901")
 
 
 def test_a_plan_without_a_layer_or_a_file_to_write_is_refused(config: Path, tmp_path: Path) -> None:
     for nothing in ("", " , "):
-        code, _, err = _run(config, "--targets", nothing)
+        code, _, err = plan(config, "--targets", nothing)
         assert code == 2 and err.startswith("error E-CONF-408")
     (tmp_path / "folder").mkdir()
     for page in ("", tmp_path / "folder"):
-        code, text, err = _run(config, "--gpu-memory", "24", "--page", page)
+        code, text, err = plan(config, "--gpu-memory", "24", "--page", page)
         assert code == 5 and err.startswith("error E-STORE-080") and "what fits, best first" in text  # the answer is told all the same
     assert not [one for folder in (tmp_path, Path()) for one in folder.iterdir() if one.name.endswith(".new")]
 
@@ -195,7 +179,7 @@ def test_a_page_never_takes_the_place_of_another_file(config: Path, tmp_path: Pa
     if place != config:
         place.write_bytes(b"<!doctype html>\n<p>of another program</p>" if name == "other.html" else bytes(64))
     before = place.read_bytes()
-    code, text, err = _run(config, "--gpu-memory", "24", "--page", place)
+    code, text, err = plan(config, "--gpu-memory", "24", "--page", place)
     assert code == 5 and err.startswith("error E-STORE-084") and str(place) in err and "what fits, best first" in text
     assert place.read_bytes() == before
 
@@ -204,7 +188,7 @@ def test_a_page_is_written_again_over_itself(config: Path, tmp_path: Path) -> No
     page = tmp_path / "plan.html"
     page.touch()
     for card in ("24", "80"):
-        assert _run(config, "--gpu-memory", card, "--page", page)[0] == 0
+        assert plan(config, "--gpu-memory", card, "--page", page)[0] == 0
         assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
@@ -216,7 +200,7 @@ def test_a_hub_id_is_planned_from_its_config_alone(config: Path, tmp_path: Path,
         return str(config.parent)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
-    code, _, err = _run("owner/name", "--gpu-memory", "24")
+    code, _, err = plan("owner/name", "--gpu-memory", "24")
     assert code == 2 and "--allow-download" in err and not asked
-    code, text, _ = _run("owner/name", "--gpu-memory", "24", "--allow-download")
+    code, text, _ = plan("owner/name", "--gpu-memory", "24", "--allow-download")
     assert code == 0 and "owner/name: " in text and asked["ignore_patterns"] == ["*.safetensors"]

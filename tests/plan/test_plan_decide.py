@@ -13,8 +13,8 @@ from halfbyte.plan.hardware import Hardware, card
 from halfbyte.plan.search import BATCH_TOKENS, FITS, HEADROOM, NOT, TIGHT, option
 from halfbyte.plan.setting import Setting
 from halfbyte.shape import ModelShape
+from tests.plan.asked import SMALL
 from tests.plan.test_plan_memory import LLAMA_8B
-from tests.plan.test_plan_search import SMALL
 
 SHAPE = ModelShape.from_config(SMALL)
 ROWS = RowsSeen((100, 300, 256), 200, 0.5, 1024)

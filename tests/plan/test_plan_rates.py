@@ -14,8 +14,8 @@ from halfbyte.plan.hardware import CARDS
 from halfbyte.plan.rates import LARGEST_LAYER, PEAKS, Curve, Rates, Widths, keep, nearest_rates, rates_path, read_all, widths_of
 from halfbyte.plan.setting import Setting
 from halfbyte.shape import ModelShape
+from tests.plan.asked import SMALL
 from tests.plan.test_plan_memory import LLAMA_8B
-from tests.plan.test_plan_search import SMALL
 
 SHAPE = ModelShape.from_config(SMALL)
 WIDTHS = Widths(576, 576, 192, 1536, 64)

@@ -26,12 +26,8 @@ from halfbyte.plan.search import (
 )  # fmt: skip
 from halfbyte.plan.setting import Setting
 from halfbyte.shape import ModelShape
+from tests.plan.asked import SMALL
 from tests.plan.test_plan_memory import LLAMA_8B
-
-SMALL = {
-    "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-    "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True,
-}  # fmt: skip
 
 
 def _found(place: Hardware) -> dict[str, Option]:
