@@ -1,13 +1,14 @@
 """Keep secrets and terminal commands out of what is printed or written for people to read.
 
-`secrets(text)` blanks what looks like a key: tokens of known services, passwords in URLs, `token=...` pairs.  `terminal(text)` drops
-escape sequences and control characters, so that text from a data file or a model cannot recolour the screen, move the cursor, or set
-the window title.
+`secrets(text)` blanks what looks like a key: tokens of known services, passwords in URLs, `token=...` pairs; `within(values)` does so in
+what is about to be written as JSON or YAML.  `terminal(text)` drops escape sequences and control characters, so that text from a data
+file or a model cannot recolour the screen, move the cursor, or set the window title.
 
 What this is not: a proof that no secret is left.  A password without a name beside it looks like any other word.
 """
 
 import re
+from typing import Any
 
 BLANK = "<hidden>"
 _TOKENS = re.compile(  # long, with a capital or a digit, in a path too; a folder called hf_models stays: its path is read back
@@ -34,6 +35,26 @@ def secrets(text: str) -> str:
     'cloned https://<hidden>@host/x with HF_TOKEN=<hidden>'
     """
     return _NAMED.sub(lambda found: (found[1] or found[3]) + BLANK, _IN_URL.sub(BLANK, _TOKENS.sub(BLANK, text)))
+
+
+def within(values: Any) -> Any:
+    """Nested lists and mappings as JSON has them, every text in them blanked; for what is written as JSON or YAML, because in the finished
+    file a blank would take the escape of a quote with it.
+
+    >>> within({"prompt": 'curl "https://x?api_key=abcdef1"', "api_key": "abcdef1", "steps": [3]})
+    {'prompt': 'curl "https://x?api_key=<hidden>"', 'api_key': '<hidden>', 'steps': [3]}
+    """
+    if isinstance(values, dict):
+        return {secrets(key): _under(key, value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [within(value) for value in values]
+    return secrets(values) if isinstance(values, str) else values
+
+
+def _under(key: str, value: Any) -> Any:
+    """A text is blanked for its name too."""
+    named = secrets(f"{key}={value}") if isinstance(value, str) else ""
+    return named.removeprefix(f"{key}=") if named.startswith(f"{key}=") else within(value)
 
 
 def terminal(text: str) -> str:

@@ -5,10 +5,11 @@ from typing import Any
 from halfbyte.config.inert import resting_keys
 from halfbyte.config.run import RunConfig
 from halfbyte.config.yaml_text import dump
+from halfbyte.redact import within
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The settings as YAML, every one that has an effect written out."""
+    """The settings as YAML, every one that has an effect written out; what looks like a secret is blanked."""
     resting = resting_keys(config)
     values: dict[str, Any] = {}
     for name, value in config.model_dump(mode="json").items():
@@ -17,4 +18,4 @@ def to_yaml(config: RunConfig) -> str:
             if not value:
                 continue
         values[name] = value
-    return dump(values)
+    return dump(within(values))

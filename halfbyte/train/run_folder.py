@@ -20,7 +20,7 @@ from halfbyte import devices
 from halfbyte.config.run import RunConfig
 from halfbyte.config.write import to_yaml
 from halfbyte.errors import ConfigError
-from halfbyte.redact import secrets as secrets_in
+from halfbyte.redact import within
 from halfbyte.train import durable_files, metrics
 from halfbyte.train.checkpoint import storage_error
 
@@ -113,14 +113,15 @@ class RunFolder:
             raise storage_error(error, self.path) from error
 
     def write_json(self, path: Path, values: Any) -> None:
-        """Replace a JSON file as a whole, durably.  Raises StorageError."""
-        self.write_text(path, json.dumps(values, indent=1, ensure_ascii=False, default=str) + "\n")
+        """Replace a JSON file as a whole, durably; what looks like a secret is blanked.  Raises StorageError."""
+        plain = within(json.loads(json.dumps(values, default=str)))
+        self.write_text(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
 
     def write_text(self, path: Path, text: str) -> None:
-        """Replace a text file as a whole, durably; what looks like a secret is blanked first.  Raises StorageError."""
+        """Replace a text file as a whole, durably, with this text as it is.  Raises StorageError."""
         new = path.with_name(f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
         try:
-            durable_files.create(new, secrets_in(text).encode())
+            durable_files.create(new, text.encode())
             durable_files.rename(new, path)
         except OSError as error:
             raise storage_error(error, path) from error

@@ -132,4 +132,7 @@ MUTANTS = [
     Mutant("T72", "the best step is not saved", TRAINING,
            "        if improved and self.config.train.keep_best:\n            return True\n", "",
            IN_LOOP + "test_early_stopping_delivers_the_best_between_two_saves"),
+    Mutant("T0", "secrets are blanked in the finished JSON, quotes and all", "halfbyte/train/run_folder.py",
+           'json.dumps(plain, indent=1, ensure_ascii=False) + "\\n")', 'within(json.dumps(values, default=str)) + "\\n")',
+           "tests/train/test_train_run_folder.py::test_a_blanked_secret_leaves_its_file_readable"),
 ]
