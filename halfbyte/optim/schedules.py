@@ -36,6 +36,17 @@ def warmup_steps(config: OptimConfig, total_steps: int) -> int:
     return config.warmup_steps
 
 
+def of_another_length(config: OptimConfig, total_steps: int) -> OptimConfig:
+    """The schedule of a run of `total_steps`, for one of another length: warm-up in steps becomes its share.  Raises ConfigError.
+
+    >>> of_another_length(OptimConfig(warmup_steps=50), 1000).warmup_share
+    0.05
+    """
+    if config.warmup_steps is None:
+        return config
+    return config.model_copy(update={"warmup_steps": None, "warmup_share": warmup_steps(config, total_steps) / total_steps})
+
+
 def share_at(config: OptimConfig, step: int, total_steps: int) -> float:
     """Share of the full learning rate at optimizer step `step` (1 .. total_steps).
 

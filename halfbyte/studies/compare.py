@@ -125,7 +125,8 @@ def run(study: Study, path: Path, say: Say) -> Results:
         def outcome(number: int) -> Outcome:
             arm, (sweep, out) = study.arms[number], swept[number]
             runs = [trained[number, seed] for seed in range(study.seeds) if (number, seed) in trained]
-            out = out or next((Out(one["status"], one["error"]) for one in runs if one["status"] != "finished"), None)
+            out = out or next((Out(one["status"], f"Seed {seed}: {one['error']}") for seed, one in enumerate(runs)
+                               if one["status"] != "finished"), None)  # fmt: skip
             judged = [judging.judged(folder, asked, arm.name, seed, one) for seed, one in enumerate(runs)] if out is None else []
             status, error = (out.status, out.error) if out else ("finished", "")
             return Outcome(arm, status, sweep, runs, judged, error, based[number].made)
@@ -212,7 +213,7 @@ def _sweep(study: Study, folder: Folder, arm: Arm, found: dict[str, Any]) -> tup
         try:
             sweep = learning_rate.find(
                 folder, f"sweep/{arm.name}", arm.config, rows=place / "sweep-train.jsonl", count=found["sweep-train"],
-                held_out=place / "sweep-held-out.jsonl",
+                held_out=place / "sweep-held-out.jsonl", planned_rows=found["train"],
             )  # fmt: skip
         except DoesNotFitError as fault:
             return None, Out("does not fit", fault.found)
@@ -240,12 +241,17 @@ def settings_of(study: Study, folder: Path, arm: Arm, seed: int, rate: float | N
 def _train_all(
     study: Study, folder: Folder, swept: Sequence[tuple[Arm, dict[str, Any] | None, Out | None]]
 ) -> dict[tuple[int, int], dict[str, Any]]:
-    """{(number of the setting, seed): outcome}; seed after seed, so that a look on the way sees all settings."""
+    """{(number of the setting, seed): outcome}; seed after seed, so that a look on the way sees all settings.
+
+    A setting is out with its first run that does not finish: its other seeds are not trained."""
+    unfinished: set[int] = set()
     pairs = [(number, seed) for seed in range(study.seeds) for number, (_, _, out) in enumerate(swept) if out is None]
 
-    def one(pair: tuple[int, int]) -> dict[str, Any]:
+    def one(pair: tuple[int, int]) -> dict[str, Any] | None:
         number, seed = pair
         arm, sweep, _ = swept[number]
+        if number in unfinished:
+            return None
         folder.say(f"run {pairs.index(pair) + 1} of {len(pairs)}: {arm.name}, seed {seed}")
         config = settings_of(study, folder.path, arm, seed, sweep["rate"] if sweep else None)
         outcome = train(folder, f"runs/{arm.name}/seed-{seed}", config, beside=study.jobs)
@@ -253,10 +259,12 @@ def _train_all(
             per = loss_is_per(config.model.task)
             folder.say(f"  held-out loss {outcome['last_eval_loss']:.4f} nats/{per} in {seconds_text(outcome['seconds'])}")
         else:
+            unfinished.add(number)
             folder.say(f"  {outcome['status']}")
         return outcome
 
-    return dict(zip(pairs, _each(study.jobs, pairs, one)))
+    found = zip(pairs, _each(study.jobs, pairs, one))
+    return {pair: outcome for pair, outcome in found if outcome is not None}
 
 
 def absolute(study: Study) -> Study:

@@ -66,13 +66,14 @@ def _setting(results: Results, finished: Sequence[Outcome]) -> dict[str, Any]:
     return {
         "model": config.model.name, "data": results.rows["source"], "train_rows": first.get("train_rows", results.rows["train"]),
         "held_out_rows": first.get("eval_rows", results.rows["held-out"]), "rows_sha256": results.rows["digest"],
-        "global_batch_size": common("train.global_batch_size"), "max_tokens": first.get("max_tokens"), "packing": common("data.packing"),
+        "global_batch_size": common("train.global_batch_size"), "packing": common("data.packing"),
+        "max_tokens": first.get("max_tokens", common("data.max_tokens")),
         "schedule": common("optim.schedule"), "seeds": [config.train.seed + seed for seed in range(study.seeds)],
         "sweep_rows": max((one.sweep["rows"] for one in results.outcomes if one.sweep), default=swept),
         "sweep_held_out_rows": results.rows["sweep-held-out"],
         "sweep_rows_apart": results.rows["sweep_apart"], "general_text": results.general,
         "score": _score_setting(results), "per": loss_is_per(config.model.task),
-        "threads": first.get("threads"), "jobs": max([study.jobs, *(run.get("jobs", 1) for one in finished for run in one.runs)]),
+        "threads": first.get("threads"), "jobs": max([study.jobs, *(run["jobs"] for one in finished for run in one.runs)]),
         "versions": devices.versions(),
         "machine": {key: machine[key] for key in ("cpu", "cores", "memory_bytes") if key in machine}, "notes": _notes(finished),
     }  # fmt: skip

@@ -23,6 +23,7 @@ from typing import Any
 from halfbyte import devices
 from halfbyte.config import RunConfig
 from halfbyte.errors import ConfigError, NumericError
+from halfbyte.optim.schedules import of_another_length
 from halfbyte.studies.base import shared
 from halfbyte.studies.identity import digests_of, models_of
 from halfbyte.studies.rows import prepare
@@ -38,6 +39,7 @@ from halfbyte.studies.runs import (
     train,
     write_json,
 )
+from halfbyte.train.resolve import total_steps
 
 FACTORS = (0.3, 3.0)
 """Tried beside the default, which the first point shows."""
@@ -181,12 +183,15 @@ def short(config: RunConfig, rows: Path, count: int, held_out: Path, rate: float
     })  # fmt: skip
 
 
-def find(folder: Folder, name: str, config: RunConfig, *, rows: Path, count: int, held_out: Path) -> Found:
+def find(folder: Folder, name: str, config: RunConfig, *, rows: Path, count: int, held_out: Path, planned_rows: int) -> Found:
     """Run the points that are not there yet, in `<folder>/<name>/x<factor>`, and choose; `config` is the setting without its rate.
 
     rows, count, held_out   the files of the short runs, and the number of rows to train on
+    planned_rows            how many rows the run has that the rate is for: its warm-up in steps is the same share of a short run
     Raises NumericError where no rate makes it better, DoesNotFitError where the first point does not fit, and whatever else stops a run.
     """
+    optim = of_another_length(config.optim, total_steps(config, planned_rows))
+    config = config.model_copy(update={"optim": optim})
     outcomes: dict[float, dict[str, Any]] = {}
     rates: dict[float, float] = {}
 
@@ -250,7 +255,8 @@ def alone(config: RunConfig, path: Path, sweep_rows: int, say: Say) -> Found:
         rows = config.data.model_copy(update={"path": str(place / "sweep-train.jsonl"), "eval_path": str(place / "sweep-held-out.jsonl")})
         config, _ = shared(folder, "setting", config.model_copy(update={"data": rows}))
         sweep = find(
-            folder, "points", config, rows=place / "sweep-train.jsonl", count=found["sweep-train"], held_out=place / "sweep-held-out.jsonl"
-        )
+            folder, "points", config, rows=place / "sweep-train.jsonl", count=found["sweep-train"],
+            held_out=place / "sweep-held-out.jsonl", planned_rows=found["train"],
+        )  # fmt: skip
         write_json(folder.path / "learning-rate.json", sweep.as_dict())
         return sweep

@@ -16,7 +16,7 @@ operations of another.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 
 import torch
@@ -31,6 +31,7 @@ from halfbyte.log import logger
 from halfbyte.models.assemble import Assembled, assemble
 from halfbyte.models.load import load_tokenizer, token_limit
 from halfbyte.models.source import resolve
+from halfbyte.optim.schedules import of_another_length
 from halfbyte.plan.memory import bytes_of_state
 from halfbyte.quant.storage_cost import WIDTHS
 from halfbyte.studies.rank_capacity import TASKS, Capacity, capacity
@@ -151,6 +152,7 @@ def measure(config: RunConfig, ask: Ask, data: TrainData, assembled: Assembled) 
     sides = [side for layer in adapt(problem, 1).values() for side in (layer.lora_a.shape[1], layer.lora_b.shape[0])]
     rank_one = sum(sides)
     steps = total_steps(config, len(items))
+    problem = replace(problem, optim=of_another_length(config.optim, steps))
     held, gradient, probe = None, None, None
     if "capacity" in ask.stages:
         logger().info("rank: capacity, what the rows hold")

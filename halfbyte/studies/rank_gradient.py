@@ -155,8 +155,10 @@ def _compared(seen: Tensor, parts: tuple[Tensor, Tensor, Tensor], sketch: int, g
 
 def module_ranks(found: Gradient, rank: int) -> dict[str, int]:
     """Ranks of modules with the parameters of `rank` everywhere: directions by the share of their own gradient they explain per parameter,
-    at least 1 and at most RHO * rank a module."""
+    at least 1 and at most RHO * rank a module.  Empty where `rank` is all the directions that were looked at: there is no choice then."""
     modules = found.modules
+    if rank >= found.sketch:
+        return {}
     budget = rank * sum(module.parameters_per_rank for module in modules.values())
     ranks = dict.fromkeys(modules, 1)
     spent = sum(module.parameters_per_rank for module in modules.values())

@@ -13,6 +13,7 @@ on it are compared within one study only.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -102,8 +103,12 @@ def _read(config: RunConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One JSON object a line, the file whole or not at all; nothing in the rows is changed.  Raises StorageError."""
-    content = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode(errors="surrogatepass")
+    """One JSON object a line, the file whole or not at all.  Raises StorageError.
+
+    Nothing in the rows is changed but what JSON rows cannot hold and a column of a table can: NaN and infinity are null, integers of more
+    than 64 bits are text.
+    """
+    content = "".join(json.dumps(_as_json(row), ensure_ascii=False, default=str) + "\n" for row in rows).encode(errors="surrogatepass")
     fresh = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         durable_files.create(fresh, content)
@@ -112,6 +117,20 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         raise storage_error(fault, path) from fault
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def _as_json(value: Any) -> Any:
+    """
+    >>> _as_json({"score": math.nan, "id": 2**70, "text": ["a", 1.5, 7]})
+    {'score': None, 'id': '1180591620717411303424', 'text': ['a', 1.5, 7]}
+    """
+    if isinstance(value, dict):
+        return {key: _as_json(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_as_json(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, int) and not -(2**63) <= value < 2**63 else value
 
 
 def general_text(folder: Path, given: str | None, fits: Callable[[str], bool]) -> tuple[Path, str]:

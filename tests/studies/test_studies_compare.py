@@ -250,15 +250,18 @@ def test_before_is_where_the_training_began(world: Path, tmp_path: Path, monkeyp
 
 
 def test_a_setting_that_runs_out_of_memory_is_a_line_of_the_table(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its other seeds are not trained; the table stands though nothing in it finished."""
     monkeypatch.setenv("HALFBYTE_KERNELS", "reference")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("HALFBYTE_FAULTS", "train.micro_batch:memory:*")
-    alone = study(world)
-    alone = Study(alone.arms[1:], seeds=1, sweep_rows=0, general="none", samples=0)
+    flags = {"model": str(world / "tiny"), "data": str(world / "rows.jsonl"), "data.packing": True, "data.max_tokens": 64}
+    alone = Study(tuple(arms_of(None, SETTINGS, flags, methods=["lora"])), seeds=2, sweep_rows=0, general="none", samples=0)
     made = comparison.numbers(compare.run(alone, tmp_path / "out", lambda text: None))
     assert made["arms"][0]["status"] == "does not fit" and made["reference"] is None
     comparison_files.write(made, tmp_path / "out")
-    assert "does not fit" in (tmp_path / "out" / "comparison.txt").read_text()
+    table = (tmp_path / "out" / "comparison.txt").read_text()
+    assert "lora: does not fit. Seed 0: " in table and "packed into 64 tokens" in table
+    assert [log.name for log in (tmp_path / "out" / "runs" / "lora").glob("*.log")] == ["seed-0.log"]
     monkeypatch.delenv("HALFBYTE_FAULTS")
     again = comparison.numbers(compare.run(alone, tmp_path / "out", lambda text: None))
     assert again["arms"][0]["status"] == "finished"  # there is more room now: it is tried again
@@ -310,6 +313,24 @@ def test_what_only_the_end_would_find_wrong_is_refused_at_the_start(world: Path,
     with pytest.raises(DataError, match="E-DATA-411"):
         compare.run(study(world, general=str(tmp_path / "none.txt")), out, lambda text: None)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [(["--score", "bleu"], "E-CONF-417"), (["--max-new-tokens", "128"], "E-CONF-417"),
+     (["--score", "bleu", "--score-rows", "0"], "E-CONF-417"), (["--score", "blue", "--score-rows", "2"], "E-CONF-086")],
+)  # fmt: skip
+def test_options_of_a_score_that_nobody_asked_for_are_refused(
+    given: list[str], code: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from halfbyte.cli.main import run as command
+
+    assert (
+        command(["compare", "--model", str(world / "tiny"), "--data", str(world / "rows.jsonl"), "--out", str(tmp_path / "out"), *given])
+        == 2
+    )
+    told = capsys.readouterr().err
+    assert code in told and given[0] in told and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("text", ["{lora: 3, lora.rank: 2}", "{lora: {rank: 2}, lora.rank: 3}", "{lora.rank: 3, lora: {rank: 2}}"])
@@ -406,6 +427,7 @@ def test_settings_that_would_not_see_the_same_rows_are_refused(world: Path, tmp_
 
 def test_a_base_that_cannot_be_made_is_a_line_of_the_table(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other settings go on."""
+
     def fails(*given: Any) -> Any:
         raise DoesNotFitError("a rule", code="E-FIT-402", found="9 GiB of weights")
 

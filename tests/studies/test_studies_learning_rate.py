@@ -186,9 +186,12 @@ def test_a_sweep_that_did_not_fit_is_tried_again(tmp_path: Path, monkeypatch: py
         monkeypatch.setenv(name, value)
     data = tiny_world.write_rows(tmp_path / "rows.jsonl", tiny_world.rows(24))
     model = tiny_world.write_model(tmp_path / "tiny")
-    config = load_config(None, [f"model={model}", f"data={data}", "method=lora", "lora.rank=2", "train.threads=1"])
+    config = load_config(None, [f"model={model}", f"data={data}", "method=lora", "lora.rank=2", "train.threads=1",
+                                "train.global_batch_size=1", "optim.warmup_steps=10", "data.eval_rows=4"])  # fmt: skip
     with pytest.raises(DoesNotFitError, match="E-FIT-410"):
         learning_rate.alone(config, tmp_path / "out", 8, lambda text: None)
+    told = load_config(tmp_path / "out" / "points" / "x1.yaml").optim
+    assert told.warmup_steps is None and told.warmup_share == 0.5  # 10 of the run's 20 steps, not 10 of these 8
     assert (tmp_path / "out" / "points" / "x1.log").is_file() and not (tmp_path / "out" / "points" / "x1.json").exists()
 
 
