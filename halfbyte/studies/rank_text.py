@@ -88,6 +88,8 @@ def recommendation_text(found: Recommendation, *, modules: bool = False) -> str:
     lines += ["loss: held-out nats/token after the probe's steps, an estimate of the run's" if found.probe is not None
               else "no loss is predicted without the stage probe", ""]  # fmt: skip
     lines += [*map(wrapped, stages_text(found)), "", wrapped(f"measured on {found.setting}; {seconds_text(found.seconds)}")]
+    if modules and not found.modules:
+        lines += ["", f"no ranks of modules: the gradient was looked at in {found.gradient.sketch if found.gradient else 0} directions"]
     if found.modules:
         changed = sum(own != rank for own in found.modules.values())
         if modules:

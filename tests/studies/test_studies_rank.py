@@ -167,6 +167,7 @@ def test_module_ranks_keep_the_sum_and_the_cap() -> None:
     ranks = module_ranks(found, 8)
     assert ranks["a"] > ranks["b"] >= 1 and ranks["a"] <= 16 and sum(ranks.values()) <= 16
     assert module_ranks(found, 1) == {"a": 1, "b": 1}
+    assert module_ranks(found, 31) and module_ranks(found, 32) == {}  # more directions were not looked at: nothing to choose between
 
 
 def test_capacity_counts_bits_and_repeated_rows() -> None:
@@ -278,11 +279,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.mark.parametrize("stages", ["capacity", "gradient", "probe", "capacity,gradient,probe"])
 def test_every_stage_alone_and_all(stages: str, world: tuple[Path, Path]) -> None:
     model, data = world
+    names = stages.split(",")
+    probe = ["--probe-rank", 4, "--probe-steps", 3] if "probe" in names else []
     code, text, err = command("--model", model, "--data", data, "--method", "lora" if stages == "gradient" else "qlora", "--stages", stages,
-                              "--probe-rank", 4, "--probe-steps", 3, "--json", "model.device=cpu")  # fmt: skip
+                              *probe, "--json", "model.device=cpu")  # fmt: skip
     assert code == 0, err
     found = json.loads(text)
-    names = stages.split(",")
     assert [name for name in ("capacity", "gradient", "probe") if found[name] is not None] == names
     rank = found["rank"]
     assert [one["rank"] for one in found["choices"]] == sorted({max(1, rank // 2), rank, 2 * rank})
@@ -292,8 +294,8 @@ def test_every_stage_alone_and_all(stages: str, world: tuple[Path, Path]) -> Non
         assert (one["seconds_per_step_estimate"] is None) == (stages == "capacity")
     assert bool(found["lora"]["ranks"]) <= ("gradient" in names)
     if {"capacity", "probe"} <= set(names):
-        held, probe = found["capacity"], found["probe"]
-        assert held["base_loss"] - held["floor"] == pytest.approx(max(0.0, probe["base_loss"] - probe["loss"]))
+        held, short = found["capacity"], found["probe"]
+        assert held["base_loss"] - held["floor"] == pytest.approx(max(0.0, short["base_loss"] - short["loss"]))
 
 
 def test_the_text_and_the_settings_to_paste(world: tuple[Path, Path], tmp_path: Path) -> None:
@@ -367,7 +369,10 @@ def test_seconds_are_scaled_from_the_rank_that_was_run() -> None:
     ("words", "code"),
     [(("--stages", "gradeint"), "E-CONF-540"), (("--stages", ","), "E-CONF-540"), (("--task", "poems"), "E-CONF-541"),
      (("--probe-rank", 1), "E-CONF-542"), (("--rows", 2), "E-CONF-542"), (("--method", "full"), "E-CONF-543"),
-     (("--method", "auto"), "E-CONF-543"),
+     (("--method", "auto"), "E-CONF-543"), (("--stages", "capacity", "--modules"), "E-CONF-546"),
+     (("--stages", "capacity", "--probe-rank", 128), "E-CONF-546"), (("--stages", "capacity,gradient", "--probe-steps", 9), "E-CONF-546"),
+     (("--stages", "probe", "--rows", 64), "E-CONF-546"), (("--stages", "gradient,probe", "--task", "style"), "E-CONF-546"),
+     (("--stages", "capacity", "--rows", 2), "E-CONF-542"),
      (("data.eval_rows=0",), "E-DATA-093"), (("data.max_rows=3", "data.eval_rows=0", "--stages", "capacity"), "E-DATA-094"),
      (("data.max_rows=4", "data.eval_rows=0", "--stages", "capacity,gradient"), "E-DATA-096")],
 )  # fmt: skip
