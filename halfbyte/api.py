@@ -141,7 +141,7 @@ def train_config(config: RunConfig, *, resume: bool = False) -> "Run":
 def evaluate(model: str | Path | Opened, data: str | Path, *, metrics: Sequence[str] = (), **options: Any) -> dict[str, float | int]:
     """Loss, perplexity and counts of a model, run or adapter folder on rows; with `metrics` also scores of its own answers.
 
-    metrics   any of exact_match, rouge1, rouge2, rougeL, bleu, chrf; a classifier gives accuracy and macro_f1 by itself
+    metrics   any names of evaluate/generation.py's METRICS, such as rougeL; a classifier gives accuracy and macro_f1 by itself
     options   batch_size, max_new_tokens, max_rows, and those of `open_model`: adapter, quant, template, allow_download, force_base
     """
     names = ("adapter", "quant", "template", "allow_download", "force_base")

@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
+from halfbyte.cli.options import Data, Model
 from halfbyte.cli.train import split_settings
+from halfbyte.evaluate.generation import METRICS
 
 Settings = Annotated[
     list[str] | None,
@@ -15,8 +17,6 @@ Settings = Annotated[
         help="Settings for all, as `halfbyte train` takes them; each goes where it has an effect. All keys: docs/config.md.",
     ),
 ]
-Model = Annotated[str | None, typer.Option("--model", metavar="M", help="Base: starter, a folder, a GGUF file or a Hub id.")]
-Data = Annotated[str | None, typer.Option("--data", metavar="FILE", help="Rows to train on: jsonl, json, csv or parquet.")]
 Folder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the study; the same command goes on in it.")]
 Methods = Annotated[
     str | None,
@@ -31,7 +31,11 @@ General = Annotated[
     str | None,
     typer.Option("--general", metavar="FILE", help="General text to see what was forgotten; none leaves it out. Else Python's own."),
 ]
-ScoreName = Annotated[str, typer.Option("--score", metavar="NAME", help="exact_match, final_answer, rouge1, rouge2, rougeL, bleu or chrf.")]
+ScoreName = Annotated[
+    str | None, typer.Option("--score", metavar="NAME", help=f"With --score-rows: {', '.join(METRICS)}; rougeL unless given.")
+]
+ScoreRows = Annotated[int, typer.Option("--score-rows", help="Held-out rows the model answers for the task score; 0: none.")]
+Longest = Annotated[int | None, typer.Option("--max-new-tokens", help="With --score-rows: longest answer; 128 unless given.")]
 
 
 def compare(
@@ -44,9 +48,9 @@ def compare(
     seeds: Seeds = 3,
     sweep_rows: SweepRows = 300,
     general: General = None,
-    score: ScoreName = "rougeL",
-    score_rows: Annotated[int, typer.Option("--score-rows", help="Held-out rows the model answers for the task score; 0: none.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, with --score-rows.")] = 128,
+    score: ScoreName = None,
+    score_rows: ScoreRows = 0,
+    max_new_tokens: Longest = None,
     samples: Annotated[int, typer.Option("--samples", help="Answers of each setting shown on the page.")] = 3,
     jobs: Annotated[int, typer.Option("--jobs", help="Runs side by side; more than 1 disturbs times and speeds.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON instead of the table.")] = False,
@@ -57,19 +61,24 @@ def compare(
     """
     from halfbyte.cli.terminal import progress, say
     from halfbyte.errors import ConfigError
-    from halfbyte.evaluate.rows import METRICS
+    from halfbyte.evaluate.generation import require_known
     from halfbyte.studies import comparison, comparison_files
     from halfbyte.studies.arms import METHODS, arms_of
     from halfbyte.studies.compare import Score, Study, absolute, run
 
-    if score not in METRICS:
-        raise ConfigError("a task score must be known", code="E-CONF-417", place="--score", found=score, expected=", ".join(METRICS))
+    scoring = [name for name, given in (("--score", score), ("--max-new-tokens", max_new_tokens)) if given is not None]
+    if scoring and score_rows == 0:
+        raise ConfigError("these options belong to a task score", code="E-CONF-417", place=" and ".join(scoring), found="no --score-rows",
+                          expected="--score-rows N with it", remedy=f"say how many rows are answered, or leave {' and '.join(scoring)} out",
+                          nothing_done="Nothing was trained.")  # fmt: skip
+    metric, longest = "rougeL" if score is None else score, 128 if max_new_tokens is None else max_new_tokens
+    require_known((metric,), "--score")
     path, overrides = split_settings(settings or [])
     flags = {name: value for name, value in (("model", model), ("data", data)) if value is not None}
     named = tuple(METHODS) if methods is None and arms is None else tuple(one.strip() for one in (methods or "").split(",") if one.strip())
     study = Study(
         tuple(arms_of(path, overrides, flags, methods=named, file=arms)), seeds, sweep_rows, general,
-        Score(score, score_rows, max_new_tokens) if score_rows else None, samples, jobs,
+        Score(metric, score_rows, longest) if score_rows else None, samples, jobs,
     )  # fmt: skip
     found = comparison.numbers(run(absolute(study), out, progress if as_json else say))
     page = comparison_files.write(found, out)

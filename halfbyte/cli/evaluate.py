@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from halfbyte.cli.options import Adapter, AllowDownload, ForceBase, ModelOrRun, Quant, Template
+from halfbyte.evaluate.generation import METRICS
 
 
 def evaluate(
@@ -17,12 +18,12 @@ def evaluate(
         typer.Option(
             "--metrics",
             metavar="NAMES",
-            help="Also let the model answer and score it: exact_match,final_answer,rouge1,rouge2,rougeL,bleu,chrf.",
+            help=f"Also let the model answer and score it: {','.join(METRICS)}.",
         ),
     ] = "",
     adapter: Adapter = None,
     quant: Quant = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, with --metrics.")] = 128,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="Longest answer, with --metrics; else 128.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows at a time; changes the speed, not the loss.")] = 8,
     max_rows: Annotated[int | None, typer.Option("--max-rows", help="Only the first N rows.")] = None,
     template: Template = None,
@@ -30,7 +31,10 @@ def evaluate(
     force_base: ForceBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
 ) -> None:
-    """Held-out loss and perplexity of a model on rows; a line `loss X` and, by choice, scores of its own answers."""
+    """Held-out loss and perplexity of a model on rows; a line `loss X` and, by choice, scores of its own answers.
+
+    Of a classifier: the loss, the share of right labels and their macro F1.
+    """
     from halfbyte import api
 
     names = tuple(name.strip() for name in metrics.split(",") if name.strip())
@@ -52,5 +56,5 @@ def evaluate(
         return
     for name, value in result.items():
         typer.echo(f"{name} {value:.6f}" if isinstance(value, float) else f"{name} {value}")
-    if "accuracy" not in result:  # beside the lines that programs read
-        typer.echo("(loss in nats per scored token; tokens counts the scored ones, those that carry the loss)", err=True)
+    per = "row" if "accuracy" in result else "scored token; tokens counts the scored ones, those that carry the loss"
+    typer.echo(f"(loss in nats per {per})", err=True)  # beside the lines that programs read

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from halfbyte.cli.options import Data, Model
 from halfbyte.cli.train import split_settings
 
 
@@ -17,8 +18,8 @@ def lr(
             help="The settings of the run the rate is for, as `halfbyte train` takes them; a rate among them is where the sweep begins.",
         ),
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", metavar="M", help="Base: starter, a folder, a GGUF file or a Hub id.")] = None,
-    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Rows to train on: jsonl, json, csv or parquet.")] = None,
+    model: Model = None,
+    data: Data = None,
     method: Annotated[str | None, typer.Option("--method", metavar="qlora|lora|full", help="What is trained.")] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the short runs; the same command goes on in it.")] = Path(
         "runs/lr"

@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 ModelOrRun = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model, a run folder or an adapter folder.")]
+Model = Annotated[str | None, typer.Option("--model", metavar="M", help="Base: starter, a folder, a GGUF file or a Hub id.")]
+Data = Annotated[str | None, typer.Option("--data", metavar="FILE", help="Rows to train on: jsonl, json, csv or parquet.")]
 Adapter = Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="An adapter folder on top of MODEL.")]
 Quant = Annotated[str | None, typer.Option("--quant", metavar="nf4|fp4|int8|none", help="Storage of the base; a run keeps its own.")]
 Template = Annotated[str | None, typer.Option("--template", metavar="FILE.jinja", help="A chat template instead of the model's own.")]

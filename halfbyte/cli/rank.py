@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from halfbyte.cli.options import AllowDownload, ForceBase
+from halfbyte.cli.options import AllowDownload, ForceBase, Model
 from halfbyte.cli.train import split_settings
 
 Settings = Annotated[
@@ -16,13 +16,17 @@ Settings = Annotated[
         help="Settings of the run that is planned, as `halfbyte train` takes them: targets, alpha, learning rate, epochs.",
     ),
 ]
-Model = Annotated[str | None, typer.Option("--model", metavar="M", help="Base: starter, a folder, a GGUF file or a Hub id.")]
 Data = Annotated[str | None, typer.Option("--data", metavar="FILE", help="Rows to train on; with --adapter, rows to judge it by.")]
 Method = Annotated[str | None, typer.Option("--method", metavar="qlora|lora", help="What is trained.")]
-Stages = Annotated[str, typer.Option("--stages", metavar="NAMES", help="What to measure, the cheapest first.")]
-Task = Annotated[str, typer.Option("--task", metavar="NAME", help="What the rows teach: reinforcement, style, instructions, knowledge.")]
-Rows = Annotated[int, typer.Option("--rows", metavar="N", help="Rows for capacity and gradient.")]
-ProbeRank = Annotated[int, typer.Option("--probe-rank", metavar="R", help="Rank of the probe run.")]
+Stages = Annotated[
+    str | None, typer.Option("--stages", metavar="NAMES", help="What to measure, the cheapest first: capacity,gradient,probe unless given.")
+]
+Task = Annotated[
+    str | None,
+    typer.Option("--task", metavar="NAME", help="What the rows teach: reinforcement, style, instructions (unless given), knowledge."),
+]
+Rows = Annotated[int | None, typer.Option("--rows", metavar="N", help="Rows for capacity and gradient; 256 unless given.")]
+ProbeRank = Annotated[int | None, typer.Option("--probe-rank", metavar="R", help="Rank of the probe run; 64 unless given.")]
 ProbeSteps = Annotated[
     int | None, typer.Option("--probe-steps", metavar="N", help="Steps of the probe; else a tenth of the run, at least 30.")
 ]
@@ -32,8 +36,10 @@ Truncate = Annotated[int | None, typer.Option("--truncate", metavar="R", help="W
 Joint = Annotated[bool, typer.Option("--joint", help="With --truncate: the same parameters, given to the modules that need them.")]
 To = Annotated[Path | None, typer.Option("--to", metavar="FOLDER", help="New folder for the truncated adapter.")]
 MaxRows = Annotated[int | None, typer.Option("--max-rows", metavar="N", help="With --adapter: only the first N rows of --data.", min=1)]
-MEASURED: dict[str, Any] = {"stages": "capacity,gradient,probe", "task": "instructions", "rows": 256, "probe_rank": 64}
-"""What is measured where nothing else is asked for."""
+NEEDED = {
+    "task": ("capacity",), "rows": ("capacity", "gradient"), "probe_rank": ("probe",), "probe_steps": ("probe",), "modules": ("gradient",),
+}  # fmt: skip
+"""The stages an option acts on: with none of them it would do nothing."""
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -42,10 +48,10 @@ def rank(
     model: Model = None,
     data: Data = None,
     method: Method = None,
-    stages: Stages = MEASURED["stages"],
-    task: Task = MEASURED["task"],
-    rows: Rows = MEASURED["rows"],
-    probe_rank: ProbeRank = MEASURED["probe_rank"],
+    stages: Stages = None,
+    task: Task = None,
+    rows: Rows = None,
+    probe_rank: ProbeRank = None,
     probe_steps: ProbeSteps = None,
     modules: Modules = False,
     adapter: Adapter = None,
@@ -68,9 +74,12 @@ def rank(
     from halfbyte.cli.terminal import say
     from halfbyte.log import logger
 
-    asked = {"stages": stages, "task": task, "rows": rows, "probe_rank": probe_rank}
-    measuring = asked != MEASURED or modules or method is not None or probe_steps is not None or bool(settings) or model is not None
+    names = None if stages is None else tuple(name.strip() for name in stages.split(",") if name.strip())
+    options = {"stages": names, "task": task, "rows": rows, "probe_rank": probe_rank, "probe_steps": probe_steps}
+    asked: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    measuring = bool(asked or modules or settings) or method is not None or model is not None
     _require_fit(measuring, data, adapter, truncate, joint, to, max_rows, force_base)
+    _require_stages(names, [*asked, *(["modules"] if modules else [])])
     if adapter is not None:
         text, values = _look(adapter, data, truncate, joint, to, max_rows, allow_download, force_base)
     else:
@@ -81,11 +90,10 @@ def rank(
         path, overrides = split_settings(settings or [])
         flags: dict[str, object] = {"model": model, "data": data, "method": method, "model.allow_download": allow_download or None}
         config = load_config(path, overrides, {name: value for name, value in flags.items() if value is not None})
-        names = tuple(name.strip() for name in stages.split(",") if name.strip())
         level = logger().level
         logger().setLevel(WARNING if as_json else level)  # no progress beside numbers for a program
         try:
-            found = recommend(config, Ask(names, task, probe_rank, probe_steps, rows))
+            found = recommend(config, Ask(**asked))
         finally:
             logger().setLevel(level)
         text, values = rank_text.recommendation_text(found, modules=modules), rank_text.recommendation_dict(found)
@@ -118,6 +126,20 @@ def _require_fit(
             "these options do not go together", code="E-CONF-545", place="halfbyte rank", found=wrong,
             expected="--model M --data FILE, or --adapter RUN [--truncate R --to FOLDER] [--data FILE]",
             nothing_done="Nothing was measured.",
+        )  # fmt: skip
+
+
+def _require_stages(stages: tuple[str, ...] | None, asked: list[str]) -> None:
+    """What belongs to a stage that is left out is refused; nothing is where all stages are taken."""
+    from halfbyte.errors import ConfigError
+
+    idle = [] if stages is None else [name for name in asked if name in NEEDED and not {*NEEDED[name]} & {*stages}]
+    if idle:
+        options = ", ".join("--" + name.replace("_", "-") for name in idle)
+        raise ConfigError(
+            "an option belongs to a stage that is measured", code="E-CONF-546", place=options, found=f"--stages {','.join(stages or ())}",
+            expected="; ".join(f"--{name.replace('_', '-')} with {' or '.join(NEEDED[name])}" for name in idle),
+            remedy=f"add the stage to --stages, or leave {options} out", nothing_done="Nothing was measured.",
         )  # fmt: skip
 
 

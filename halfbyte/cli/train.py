@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from halfbyte.cli.options import Data, Model
+
 
 def split_settings(words: list[str]) -> tuple[Path | None, list[str]]:
     """A config file (at most one word without "=") and the key=value words.
@@ -36,8 +38,8 @@ def train(
             help="A YAML file and single settings such as lora.rank=32; a setting beats the file. All keys: docs/config.md.",
         ),
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", metavar="M", help="Base: starter, a folder, a GGUF file or a Hub id.")] = None,
-    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="Rows to train on: jsonl, json, csv or parquet.")] = None,
+    model: Model = None,
+    data: Data = None,
     method: Annotated[str | None, typer.Option("--method", metavar="qlora|lora|full", help="What is trained.")] = None,
     out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="New folder for the run.")] = None,
     resume: Annotated[

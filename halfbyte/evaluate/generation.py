@@ -12,6 +12,7 @@ Sources: https://github.com/google-research/google-research/tree/master/rouge, h
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from halfbyte.errors import ConfigError, nearest
@@ -20,9 +21,17 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 References = Sequence[str | Sequence[str]]
 
 
-def score(
-    predictions: Sequence[str], references: References, metrics: Sequence[str] = ("exact_match", "rouge", "bleu", "chrf")
-) -> dict[str, float]:
+def require_known(metrics: Sequence[str], place: str = "--metrics") -> None:
+    """Raise ConfigError for a name that is none of METRICS."""
+    for name in metrics:
+        if name not in METRICS:
+            raise ConfigError(
+                "a score must be one of those known", code="E-CONF-086", place=place, found=name, expected=", ".join(METRICS),
+                remedy=nearest(name, tuple(METRICS)),
+            )  # fmt: skip
+
+
+def score(predictions: Sequence[str], references: References, metrics: Sequence[str]) -> dict[str, float]:
     """Each metric's value; a row may have several references.  Raises ConfigError on unknown metrics or unequal lengths.
 
     >>> score(["a b"], ["a b "], ["exact_match"])
@@ -33,21 +42,14 @@ def score(
             "scores need one reference for each answer", code="E-CONF-065",
             found=f"{len(predictions)} answers, {len(references)} references",
         )  # fmt: skip
+    require_known(metrics)
     several = [[wanted] if isinstance(wanted, str) else list(wanted) for wanted in references]
-    found: dict[str, float] = {}
-    for name in metrics:
-        if name not in METRICS:
-            raise ConfigError(
-                "a metric must be known", code="E-CONF-066", place="metrics", found=repr(name), expected=", ".join(METRICS),
-                remedy=nearest(name, METRICS),
-            )  # fmt: skip
-        found.update(METRICS[name](list(predictions), several))
-    return found
+    return {name: METRICS[name](list(predictions), several) for name in metrics}
 
 
-def _exact_match(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+def _exact_match(predictions: list[str], references: list[list[str]]) -> float:
     hits = sum(any(made.strip() == one.strip() for one in wanted) for made, wanted in zip(predictions, references))
-    return {"exact_match": hits / len(predictions)}
+    return hits / len(predictions)
 
 
 def final_number(text: str) -> float | None:
@@ -60,21 +62,19 @@ def final_number(text: str) -> float | None:
     return float(found[-1].replace(",", "")) if found else None
 
 
-def _final_answer(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+def _final_answer(predictions: list[str], references: list[list[str]]) -> float:
     hits = 0
     for made, wanted in zip(predictions, references):
         number = final_number(made)
         hits += number is not None and any(number == final_number(one) for one in wanted)
-    return {"final_answer": hits / len(predictions)}
+    return hits / len(predictions)
 
 
-def _rouge(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+def _rouge(kind: str, predictions: list[str], references: list[list[str]]) -> float:
     from rouge_score.rouge_scorer import RougeScorer
 
-    kinds = ["rouge1", "rouge2", "rougeL"]
-    scorer = RougeScorer(kinds, use_stemmer=True)
-    rows = [scorer.score_multi(wanted, made) for made, wanted in zip(predictions, references)]
-    return {kind: sum(row[kind].fmeasure for row in rows) / len(rows) for kind in kinds}
+    scorer = RougeScorer([kind], use_stemmer=True)
+    return sum(scorer.score_multi(wanted, made)[kind].fmeasure for made, wanted in zip(predictions, references)) / len(predictions)
 
 
 def _streams(references: list[list[str]]) -> list[list[Any]]:
@@ -83,18 +83,20 @@ def _streams(references: list[list[str]]) -> list[list[Any]]:
     return [[wanted[number] if number < len(wanted) else None for wanted in references] for number in range(most)]
 
 
-def _bleu(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+def _bleu(predictions: list[str], references: list[list[str]]) -> float:
     from sacrebleu.metrics import BLEU
 
-    return {"bleu": BLEU().corpus_score(predictions, _streams(references)).score}
+    return float(BLEU().corpus_score(predictions, _streams(references)).score)
 
 
-def _chrf(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+def _chrf(predictions: list[str], references: list[list[str]]) -> float:
     from sacrebleu.metrics import CHRF
 
-    return {"chrf": CHRF().corpus_score(predictions, _streams(references)).score}
+    return float(CHRF().corpus_score(predictions, _streams(references)).score)
 
 
-METRICS: dict[str, Callable[[list[str], list[list[str]]], dict[str, float]]] = {
-    "exact_match": _exact_match, "final_answer": _final_answer, "rouge": _rouge, "bleu": _bleu, "chrf": _chrf,
+METRICS: dict[str, Callable[[list[str], list[list[str]]], float]] = {
+    "exact_match": _exact_match, "final_answer": _final_answer, "rouge1": partial(_rouge, "rouge1"), "rouge2": partial(_rouge, "rouge2"),
+    "rougeL": partial(_rouge, "rougeL"), "bleu": _bleu, "chrf": _chrf,
 }  # fmt: skip
+"""Every score there is; what a command takes and its help names are made from these names."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from halfbyte.config import DataConfig, make
 from halfbyte.data.batches import Batch, Batches
 from halfbyte.data.load import TrainData, load_data, require_task
-from halfbyte.errors import ConfigError, DataError, nearest
+from halfbyte.errors import ConfigError, DataError
 from halfbyte.evaluate import generation
 from halfbyte.evaluate.classification import evaluate_classes
 from halfbyte.evaluate.loss import evaluate_loss
@@ -23,9 +23,8 @@ from halfbyte.evaluate.prompts import prompt_of
 from halfbyte.models.generate import generate
 from halfbyte.models.load import token_limit
 
-ROUGE = ("rouge1", "rouge2", "rougeL")
-METRICS = ("exact_match", "final_answer", *ROUGE, "bleu", "chrf")
 COLUMNS = ("text_field", "label_field")
+ANSWER_TOKENS = 128
 
 
 def evaluate_rows(
@@ -34,29 +33,33 @@ def evaluate_rows(
     *,
     metrics: Sequence[str] = (),
     batch_size: int = 8,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     max_rows: int | None = None,
     own_columns: bool = True,
 ) -> dict[str, float | int]:
-    """loss, perplexity, tokens, rows, rows_left_out where some were, then the scores asked for, in this order.
+    """loss, perplexity, tokens, rows, rows_left_out where some were, then the scores asked for, in this order; of a classifier loss, rows,
+    rows_left_out, accuracy, macro_f1.
 
-    own_columns  read the columns that the run's settings name; not for rows of another kind
+    max_new_tokens  the longest answer, with `metrics`; ANSWER_TOKENS unless given
+    own_columns     read the columns that the run's settings name; not for rows of another kind
     Raises DataError and ConfigError.
     """
-    _check_names(metrics)
+    _check_answers(opened, metrics, max_new_tokens)
     _check_size(batch_size)
     read = _read(opened, data, max_rows, opened.train_on, own_columns)
     batches = _batches(read, opened, batch_size)
     seen = evaluate_loss(opened.model, batches)
-    found: dict[str, float | int] = {"loss": seen.loss, "perplexity": seen.perplexity, "tokens": seen.tokens, "rows": len(read.train)}
+    of_text = {} if opened.labels else {"perplexity": seen.perplexity, "tokens": seen.tokens}
+    found: dict[str, float | int] = {"loss": seen.loss, **of_text, "rows": len(read.train)}
     if left_out := sum(read.report.dropped.values()):
         found["rows_left_out"] = left_out
     if opened.labels:
         return {**found, **evaluate_classes(opened.model, batches)}
     if not metrics:
         return found
-    answered = answer_rows(opened, data, batch_size=batch_size, max_new_tokens=max_new_tokens, max_rows=max_rows)
-    return {**found, **scores(answered.answers, answered.references, metrics)}
+    longest = ANSWER_TOKENS if max_new_tokens is None else max_new_tokens
+    answered = answer_rows(opened, data, batch_size=batch_size, max_new_tokens=longest, max_rows=max_rows)
+    return {**found, **generation.score(answered.answers, answered.references, metrics)}
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,13 @@ class Answered:
 
 
 def answer_rows(
-    opened: Opened, data: str | Path, *, batch_size: int = 8, max_new_tokens: int = 128, max_rows: int | None = None, to_limit: bool = False
+    opened: Opened,
+    data: str | Path,
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = ANSWER_TOKENS,
+    max_rows: int | None = None,
+    to_limit: bool = False,
 ) -> Answered:
     """Let the model answer each row's prompt, of the first `max_rows` rows.
 
@@ -115,14 +124,6 @@ def loss_batches(opened: Opened, data: str | Path, *, batch_size: int = 8, max_r
     return _batches(_read(opened, data, max_rows, opened.train_on), opened, batch_size)
 
 
-def scores(answers: Sequence[str], references: Sequence[str], metrics: Sequence[str]) -> dict[str, float]:
-    """The metrics by their names here; one ROUGE is taken out of the library's three."""
-    _check_names(metrics)
-    kinds = list(dict.fromkeys("rouge" if name in ROUGE else name for name in metrics))
-    found = generation.score(list(answers), list(references), kinds)
-    return {name: found[name] for name in metrics}
-
-
 def _check_size(batch_size: int) -> None:
     if batch_size < 1:
         raise ConfigError(
@@ -130,17 +131,17 @@ def _check_size(batch_size: int) -> None:
         )
 
 
-def _check_names(metrics: Sequence[str]) -> None:
-    for name in metrics:
-        if name not in METRICS:
-            raise ConfigError(
-                "a score must be one of those known",
-                code="E-CONF-086",
-                place="--metrics",
-                found=name,
-                expected=", ".join(METRICS),
-                remedy=nearest(name, METRICS),
-            )
+def _check_answers(opened: Opened, metrics: Sequence[str], max_new_tokens: int | None) -> None:
+    """Raise ConfigError where the metrics are unknown, or scores or a length of answers are asked for and there are no answers."""
+    generation.require_known(metrics)
+    asked = [name for name, given in (("--metrics", bool(metrics)), ("--max-new-tokens", max_new_tokens is not None)) if given]
+    if asked and (opened.labels or not metrics):
+        raise ConfigError(
+            "these options belong to a model's own answers", code="E-CONF-098", place=" and ".join(asked),
+            found="a classifier, which writes none" if opened.labels else "no --metrics", remedy=f"leave {' and '.join(asked)} out",
+            expected="nothing: accuracy and macro_f1 are always told" if opened.labels else "--metrics NAMES with it",
+            nothing_done="Nothing was judged.",
+        )  # fmt: skip
 
 
 def judged_config(

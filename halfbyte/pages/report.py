@@ -26,7 +26,7 @@ TILES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("held-out loss, delivered, nats/{per}", "final_eval_loss", lambda loss: f"{loss:.4f}"),
     ("label accuracy, delivered", "accuracy", percent_text),
     ("optimizer steps", "steps", str),
-    ("trained tokens", "tokens", count_text),
+    ("trained {per}s", "tokens", count_text),
     ("trained parameters", "trainable_params", count_text),
     ("share of all parameters", "trainable_share", percent_text),
     ("weights in memory", "weight_bytes", bytes_text),
@@ -34,7 +34,8 @@ TILES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("peak memory", "peak_memory_bytes", bytes_text),
     ("time", "seconds", seconds_text),
 )
-"""(label, key of run.json, how it is written); a key that is absent or null has no tile.  {per}: what a loss is the mean of."""
+"""(label, key of run.json, how it is written); a key that is absent or null has no tile.  {per}: what a loss is the mean of, and what a
+run counts as trained."""
 
 CLASSIFIER = re.compile(r"^  task: sequence-classification$", re.MULTILINE)
 """The line of a resolved config.yaml by which a run trained a classifier, whose loss is one of rows."""

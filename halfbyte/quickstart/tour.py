@@ -19,8 +19,8 @@ from halfbyte import host
 from halfbyte.config import RunConfig, load_config
 from halfbyte.data.tokenize import Example
 from halfbyte.errors import Interrupted
+from halfbyte.evaluate.generation import score
 from halfbyte.evaluate.prompts import prompt_of
-from halfbyte.evaluate.rows import scores
 from halfbyte.log import logger
 from halfbyte.models.generate import generate
 from halfbyte.pages import report
@@ -154,7 +154,7 @@ def answers(assembled: Any, examples: Sequence[Example]) -> list[str]:
 
 def exact_match(found: Sequence[str], rows: Sequence[task.Row]) -> float:
     """Share of answers equal to the letter."""
-    return scores(found, [row.answer for row in rows], ["exact_match"])["exact_match"]
+    return score(found, [row.answer for row in rows], ["exact_match"])["exact_match"]
 
 
 def samples(rows: Sequence[task.Row], before: Sequence[str], after: Sequence[str]) -> list[dict[str, str]]:

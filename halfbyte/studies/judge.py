@@ -19,8 +19,9 @@ from typing import Any
 from halfbyte import devices, redact
 from halfbyte.config import load_config
 from halfbyte.errors import DataError, HalfbyteError
+from halfbyte.evaluate.generation import score
 from halfbyte.evaluate.opened import Opened, open_model
-from halfbyte.evaluate.rows import answer_rows, evaluate_rows, scores
+from halfbyte.evaluate.rows import answer_rows, evaluate_rows
 from halfbyte.models.calibrated_base import START
 from halfbyte.studies.runs import write_json
 from halfbyte.train.run_folder import RunFolder
@@ -65,7 +66,7 @@ def _answers(opened: Opened, order: dict[str, Any]) -> dict[str, Any]:
     if wanted:
         rows_scored = wanted["rows"]
         found["score_rows"] = min(rows_scored, len(answered.answers))
-        found["score"] = scores(answered.answers[:rows_scored], answered.references[:rows_scored], [wanted["metric"]])[wanted["metric"]]
+        found["score"] = score(answered.answers[:rows_scored], answered.references[:rows_scored], [wanted["metric"]])[wanted["metric"]]
     return found
 
 

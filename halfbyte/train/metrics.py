@@ -5,7 +5,8 @@ console.py shows records to a person, trackers.py sends them to services.
 
 A step's record:  step, epoch, loss (per trained token; null when the window trained nothing), lr, grad_norm (before clipping),
 clipped_norm, trained_tokens, tokens, rows (numbers of the data rows), seconds, tokens_per_second, memory_bytes.
-An evaluation's:  step, eval_loss, perplexity, eval_tokens, best, seconds; of a classifier also accuracy and macro_f1.
+An evaluation's:  step, eval_loss, perplexity, eval_tokens, best, seconds; of a classifier also accuracy and macro_f1, no perplexity.
+A classifier's trained_tokens and eval_tokens count rows, for the loss is their mean.
 A note's:  step, event.
 NaN is written as NaN and infinity as Infinity, as Python's json does, never left out.
 

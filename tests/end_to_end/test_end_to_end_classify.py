@@ -47,12 +47,19 @@ def test_a_classifier_learns_and_peft_reads_it(
     assert command([str(word) for word in words]) == 0
     capsys.readouterr()
     assert command(["eval", str(tmp_path / "run"), "--data", str(held_out), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    printed = capsys.readouterr()
+    found = json.loads(printed.out.splitlines()[-1])
+    assert list(found) == ["loss", "rows", "accuracy", "macro_f1"] and found["rows"] == 60
     assert found["accuracy"] > majority + 0.2 and 0 < found["macro_f1"] <= 1
+    assert command(["eval", str(tmp_path / "run"), "--data", str(held_out)]) == 0
+    assert "loss in nats per row" in capsys.readouterr().err
+    for words in (["--metrics", "rougeL"], ["--max-new-tokens", "5"], ["--metrics", "bleu", "--max-new-tokens", "5"]):
+        assert command(["eval", str(tmp_path / "run"), "--data", str(held_out), *words]) == 2
+        assert "E-CONF-098" in (told := capsys.readouterr().err) and "a classifier" in told and words[0] in told
     run = hb.Run.open(tmp_path / "run")
     assert run.config.model.labels == ("heat", "light", "other")
     assert run.summary["accuracy"] == pytest.approx(found["accuracy"], abs=1e-6)
-    assert "label accuracy" in run.report.read_text()
+    assert "label accuracy" in (page := run.report.read_text()) and ">trained rows<" in page
 
     assert run.adapter_folder is not None
     assert json.loads((run.adapter_folder / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"

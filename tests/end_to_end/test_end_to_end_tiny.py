@@ -87,6 +87,8 @@ def test_eval_scores_answers(runs: Path, rows_file: Path, capsys: pytest.Capture
     assert list(found) == ["loss", "perplexity", "tokens", "rows", "exact_match", "rougeL", "bleu", "chrf"] and found["rows"] == 6
     assert command(["eval", str(runs / "lora"), "--data", str(rows_file), "--metrics", "exact_mach"]) == 2
     assert "did you mean exact_match" in capsys.readouterr().err
+    assert command(["eval", str(runs / "lora"), "--data", str(rows_file), "--max-new-tokens", "6"]) == 2
+    assert "E-CONF-098" in (told := capsys.readouterr().err) and "no --metrics" in told
 
 
 def test_eval_does_not_depend_on_the_batch_size(runs: Path, rows_file: Path) -> None:

@@ -11,7 +11,7 @@ from halfbyte.data.batches import Batches
 from halfbyte.data.tokenize import Example
 from halfbyte.errors import ConfigError, DataError
 from halfbyte.evaluate.classification import classification_scores, evaluate_classes
-from halfbyte.evaluate.generation import score
+from halfbyte.evaluate.generation import METRICS, score
 from halfbyte.evaluate.loss import EvalLoss, evaluate_loss
 from halfbyte.lora.inject import inject
 from tests.models.small_models import make_model
@@ -87,19 +87,23 @@ def test_scores_are_those_of_the_libraries() -> None:
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics import BLEU, CHRF
 
-    made = ["the cat sat on the mat", "a  dog barked", "nothing"]
+    made = ["on the mat the cat sat", "a  dog barked", "nothing"]
     wanted = [["the cat sat on the mat ", "a cat"], ["a dog barked"], ["some thing else"]]
-    found = score(made, wanted)
-    assert found["exact_match"] == pytest.approx(1 / 3)
-    scorer = RougeScorer(["rouge2"], use_stemmer=True)
-    assert found["rouge2"] == pytest.approx(sum(scorer.score_multi(w, m)["rouge2"].fmeasure for m, w in zip(made, wanted)) / 3)
+    found = score(made, wanted, tuple(METRICS))
+    assert list(found) == list(METRICS) and found["exact_match"] == 0.0
+    kinds = ("rouge1", "rouge2", "rougeL")
+    rows = [RougeScorer(kinds, use_stemmer=True).score_multi(w, m) for m, w in zip(made, wanted)]
+    assert {kind: found[kind] for kind in kinds} == {kind: pytest.approx(sum(row[kind].fmeasure for row in rows) / 3) for kind in kinds}
+    assert len({found[kind] for kind in kinds}) == 3
     streams = [["the cat sat on the mat ", "a dog barked", "some thing else"], ["a cat", None, None]]
     assert found["bleu"] == BLEU().corpus_score(made, streams).score and found["chrf"] == CHRF().corpus_score(made, streams).score
+    assert score([" x\n", "y  z"], ["x", "y z"], ["exact_match"]) == {"exact_match": 0.5}
     assert score(["x"], ["x"], ["exact_match", "chrf"]) == {"exact_match": 1.0, "chrf": 100.0}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"), [((["a"], []), "E-CONF-065"), (([], []), "E-CONF-065"), ((["a"], ["a"], ["blue"]), "E-CONF-066")]
+    ("arguments", "code"),
+    [((["a"], [], []), "E-CONF-065"), (([], [], []), "E-CONF-065"), ((["a"], ["a"], ["blue"]), "E-CONF-086")],
 )
 def test_wrong_requests_are_refused(arguments: tuple[Any, ...], code: str) -> None:
     with pytest.raises(ConfigError, match=code):

@@ -325,10 +325,8 @@ def test_options_of_a_score_that_nobody_asked_for_are_refused(
 ) -> None:
     from halfbyte.cli.main import run as command
 
-    assert (
-        command(["compare", "--model", str(world / "tiny"), "--data", str(world / "rows.jsonl"), "--out", str(tmp_path / "out"), *given])
-        == 2
-    )
+    line = ["compare", "--model", str(world / "tiny"), "--data", str(world / "rows.jsonl"), "--out", str(tmp_path / "out")]
+    assert command([*line, *given]) == 2
     told = capsys.readouterr().err
     assert code in told and given[0] in told and not (tmp_path / "out").exists()
 

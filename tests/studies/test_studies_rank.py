@@ -391,8 +391,9 @@ def test_the_page_has_the_figures_of_the_result() -> None:
         found = ", ".join(str(case["recommended"]) for case in planted["cases"] if case["planted"] == rank)
         assert f"| {rank} | {found} |" in page
     assert f"{planted['within_factor_2']} of {planted['draws']} are within a factor of two" in page
-    for one in sets["sets"]:
+    for one in [*sets["sets"], *result["fresh"]["sets"]]:
         losses = " | ".join(f"{one['losses'][str(rank)]:.4f}" for rank in sets["ranks"])
-        assert f"| {one['set']} | {losses} | {one['smallest']} | {one['recommended']} | {one['above_best_percent']:+.2f} % |" in page
+        found = f"{one['smallest']} | {one['recommended']} | {one['losses'][str(one['recommended'])]:.4f}"
+        assert f"| {one['set']} | {losses} | {found} | {one['above_best_percent']:+.2f} % |" in page
     assert f"{sets['passed']} of {len(sets['sets'])}" in page
     assert f"{sets['sum']:.2f} against {sets['sum_always_16']:.2f} for always 16" in page

@@ -143,6 +143,7 @@ def test_shares_of_the_spectra_are_those_of_the_cuts(trained: tuple[Path, Path])
      (("--adapter", "RUN", "--joint"), "E-CONF-545"),
      (("--adapter", "RUN", "--model", "starter"), "E-CONF-545"), (("--adapter", "RUN", "--truncate", 0, "--to", "TO"), "E-ADAPT-093"),
      (("--adapter", "RUN", "--max-rows", 3), "E-CONF-545"), (("--adapter", "RUN", "--rows", 9), "E-CONF-545"),
+     (("--adapter", "RUN", "--stages", "capacity,gradient,probe"), "E-CONF-545"), (("--adapter", "RUN", "--rows", 256), "E-CONF-545"),
      (("--adapter", "RUN", "--stages", "capacity"), "E-CONF-545"), (("--adapter", "RUN", "--method", "lora"), "E-CONF-545"),
      (("--adapter", "RUN", "--modules"), "E-CONF-545"), (("--force-base", "--model", "starter"), "E-CONF-545"),
      (("--adapter", "RUN", "--truncate", 2, "--to", "TO", "--data", "NONE"), "E-DATA-001"),
