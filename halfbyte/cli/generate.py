@@ -38,5 +38,7 @@ def generate(
             nothing_done="Nothing was generated.",
         )
     opened = api.open_model(model, adapter=adapter, quant=quant, allow_download=allow_download, force_base=force_base)
-    answers = opened.answer(wanted, system=system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, raw=raw)
+    answers = opened.answer(
+        wanted, system=system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, raw=raw
+    )
     typer.echo(f"\n{'-' * 40}\n".join(redact.terminal(answer) for answer in answers))

@@ -52,12 +52,8 @@ def items_of(config: RunConfig, data: TrainData) -> Items:
 def resolved(config: RunConfig, assembled: Assembled, data: TrainData, items: Items) -> RunConfig:
     """`config` with every "auto" of training replaced; `items` are what the batches are made of."""
     return resolve.resolve(
-        config,
-        total_params=assembled.total_params,
-        items=len(items),
-        eval_items=len(data.eval),
-        longest=max(len(item.input_ids) for item in [*items, *data.eval]),
-        device=device_of(assembled),
+        config, total_params=assembled.total_params, items=len(items), eval_items=len(data.eval),
+        longest=max(len(item.input_ids) for item in [*items, *data.eval]), device=device_of(assembled),
     )
 
 
@@ -70,16 +66,8 @@ class Training:
     """One run in progress; `config` must be resolved."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        assembled: Assembled,
-        data: TrainData,
-        items: Items,
-        folder: RunFolder,
-        saver: Saver,
-        stop: Stop,
-        audience: Observers,
-        plan: Decision | None = None,
+        self, config: RunConfig, assembled: Assembled, data: TrainData, items: Items, folder: RunFolder,
+        saver: Saver, stop: Stop, audience: Observers, plan: Decision | None = None,
     ) -> None:
         self.config, self.assembled, self.data, self.folder, self.saver = config, assembled, data, folder, saver
         self.stop, self.audience, self.model, self.plan = stop, audience, assembled.model, plan
@@ -108,11 +96,8 @@ class Training:
         self.windows = self._windows()
         tokenizer = assembled.tokenizer
         self.identity = identity_of(
-            config,
-            base=assembled.source.digest,
-            tokenizer=text_digest(tokenizer.backend_tokenizer.to_str()),
-            template=text_digest(tokenizer.chat_template),
-            data=data.digest,
+            config, base=assembled.source.digest, tokenizer=text_digest(tokenizer.backend_tokenizer.to_str()),
+            template=text_digest(tokenizer.chat_template), data=data.digest,
         )
         self.metrics = MetricsFile(folder.metrics)
 
@@ -216,12 +201,7 @@ class Training:
 
     def _train_on(self, parts: list[Batch]) -> StepResult:
         return train_step(
-            self.model,
-            self.head,
-            parts,
-            self.optimizer,
-            clip_norm=self.config.optim.clip_norm,
-            poll=self.stop.poll,
+            self.model, self.head, parts, self.optimizer, clip_norm=self.config.optim.clip_norm, poll=self.stop.poll,
             before_update=self._check_gradients,
         )
 
@@ -252,17 +232,9 @@ class Training:
         if step % self.config.train.log_every_steps and step != self.total_steps and result.finite:
             return
         record = {
-            "step": step,
-            "epoch": step / self.batches.steps_per_epoch,
-            "loss": loss,
-            "lr": float(self.config.optim.learning_rate) * share,
-            "grad_norm": result.grad_norm,
-            "clipped_norm": result.clipped_norm,
-            "trained_tokens": result.trained_tokens,
-            "tokens": result.tokens,
-            "rows": result.rows,
-            "seconds": seconds,
-            "tokens_per_second": result.tokens / max(seconds, 1e-9),
+            "step": step, "epoch": step / self.batches.steps_per_epoch, "loss": loss, "lr": float(self.config.optim.learning_rate) * share,
+            "grad_norm": result.grad_norm, "clipped_norm": result.clipped_norm, "trained_tokens": result.trained_tokens,
+            "tokens": result.tokens, "rows": result.rows, "seconds": seconds, "tokens_per_second": result.tokens / max(seconds, 1e-9),
             "memory_bytes": self.memory_bytes(),
         }
         self._write(record)
@@ -336,12 +308,8 @@ class Training:
         found = self.evaluate()
         if found.loss - found.loss != 0.0:
             raise NumericError(
-                "the held-out loss must be finite",
-                code="E-NUM-303",
-                place=f"step {self.progress.step}",
-                found=str(found.loss),
-                expected="a finite number",
-                remedy="lower optim.learning_rate and resume from the last checkpoint",
+                "the held-out loss must be finite", code="E-NUM-303", place=f"step {self.progress.step}", found=str(found.loss),
+                expected="a finite number", remedy="lower optim.learning_rate and resume from the last checkpoint",
             )
         state = self.progress
         # the untouched model is the mark to beat in the report, not something to deliver
@@ -352,11 +320,7 @@ class Training:
             state.evals_without_gain += 1
         state.evaluated_step = state.step
         record = {
-            "step": state.step,
-            "eval_loss": found.loss,
-            "eval_tokens": found.tokens,
-            "best": best,
-            "seconds": time.monotonic() - began,
+            "step": state.step, "eval_loss": found.loss, "eval_tokens": found.tokens, "best": best, "seconds": time.monotonic() - began,
         }
         if self.config.model.task != "sequence-classification":
             record |= {"perplexity": found.perplexity}
@@ -393,11 +357,8 @@ class Training:
         kept = f"saved at step {self.progress.step}" if saved else f"not saved: the last checkpoint is of step {self.saver.last_saved}"
         took = f" in {seconds_text(self.saver.save_seconds)}" if saved and self.saver.save_seconds is not None else ""
         return Interrupted(
-            f"the run was stopped by {request} and is {kept}{took}",
-            code="E-STOP-301",
-            exit_code=exit_code(request.number),
-            place=str(self.folder.path),
-            remedy=f"go on with: halfbyte train --resume --out {self.folder.path}",
+            f"the run was stopped by {request} and is {kept}{took}", code="E-STOP-301", exit_code=exit_code(request.number),
+            place=str(self.folder.path), remedy=f"go on with: halfbyte train --resume --out {self.folder.path}",
         )
 
     def report_failure(self, error: HalfbyteError) -> None:

@@ -159,9 +159,8 @@ def test_every_loss_has_its_unit(tmp_path: Path, task: str, per: str) -> None:
     """On the tiles and on the axis; the loss of a classifier is the mean over rows."""
     run = make_run(tmp_path / "run")
     summary = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(
-        json.dumps(summary | {"first_eval_loss": 2.5, "best_eval_loss": 1.1, "final_eval_loss": 1.2, "tokens": 30})
-    )
+    summary |= {"first_eval_loss": 2.5, "best_eval_loss": 1.1, "final_eval_loss": 1.2, "tokens": 30}
+    (run / "run.json").write_text(json.dumps(summary))
     (run / "config.yaml").write_text(to_yaml(load_config(None, ["data=rows.jsonl", f"model.task={task}"])))
     page, picture = report.html(run)
     for name in ("before", "best", "delivered"):

@@ -87,9 +87,7 @@ def test_runs_with_other_micro_batches_end_with_the_same_weights(tiny_llama: Tin
     for size in (6, micro):
         model = adapted(small(tiny_llama)).double()
         result, _ = train(
-            model,
-            tmp_path / f"run{size}{len(ends)}",
-            rows=20,
+            model, tmp_path / f"run{size}{len(ends)}", rows=20,
             **{"train.global_batch_size": 6, "train.micro_batch_size": size, "train.epochs": 2.0, "optim.schedule": "cosine"},
         )
         ends.append((adapter_tensors(model), steps(result)))
@@ -103,9 +101,7 @@ def test_runs_with_other_micro_batches_end_with_the_same_weights(tiny_llama: Tin
 def test_rates_follow_optimizer_steps(tiny_llama: Tiny, tmp_path: Path) -> None:
     """T45: the logged rate is the closed form over all windows, and the one that the optimizer used."""
     result, _ = train(
-        adapted(small(tiny_llama)),
-        tmp_path / "run",
-        rows=18,
+        adapted(small(tiny_llama)), tmp_path / "run", rows=18,
         **{"optim.warmup_steps": 2, "optim.schedule": "linear", "optim.final_lr_share": 0.0, "train.micro_batch_size": 1},
     )
     assert [record["lr"] for record in steps(result)] == pytest.approx([5e-3, 1e-2, 1e-2 * 2 / 3, 1e-2 / 3, 0.0])
@@ -114,10 +110,7 @@ def test_rates_follow_optimizer_steps(tiny_llama: Tiny, tmp_path: Path) -> None:
 def test_packed_runs_count_steps_after_packing(tiny_llama: Tiny, tmp_path: Path) -> None:
     """T45: the schedule ends with the packed windows, not with the rows."""
     result, _ = train(
-        adapted(small(tiny_llama)),
-        tmp_path / "run",
-        rows=40,
-        held_out=0,
+        adapted(small(tiny_llama)), tmp_path / "run", rows=40, held_out=0,
         **{"data.packing": True, "optim.schedule": "linear", "optim.final_lr_share": 0.0, "train.save_every_steps": None},
     )
     assert result.total_steps < 10
@@ -126,15 +119,9 @@ def test_packed_runs_count_steps_after_packing(tiny_llama: Tiny, tmp_path: Path)
     assert sorted(row for record in steps(result) for row in record["rows"]) == list(range(40))
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"train.epochs": 0.5}, 2),
-        ({"train.epochs": 1.5}, 6),
-        ({"train.max_steps": 3}, 3),
-        ({"train.max_steps": 9}, 9),
-    ],
-)
+@pytest.mark.parametrize(("settings", "expected"), [
+    ({"train.epochs": 0.5}, 2), ({"train.epochs": 1.5}, 6), ({"train.max_steps": 3}, 3), ({"train.max_steps": 9}, 9),
+])
 def test_the_length_is_as_asked(tiny_llama: Tiny, tmp_path: Path, settings: dict[str, Any], expected: int) -> None:
     result, _ = train(adapted(small(tiny_llama)), tmp_path / "run", **settings)
     assert result.steps == expected
@@ -172,10 +159,7 @@ def test_the_last_weights_are_delivered_when_asked(tiny_llama: Tiny, tmp_path: P
 def test_early_stopping_counts_evaluations_without_gain(tiny_llama: Tiny, tmp_path: Path) -> None:
     model = adapted(small(tiny_llama), awake=False)
     settings = {
-        "optim.learning_rate": 0.05,
-        "optim.schedule": "constant",
-        "train.max_steps": 60,
-        "train.early_stop_patience": 2,
+        "optim.learning_rate": 0.05, "optim.schedule": "constant", "train.max_steps": 60, "train.early_stop_patience": 2,
         "train.eval_every_steps": 1,
     }
     ear = Quiet()
@@ -190,12 +174,8 @@ def test_early_stopping_delivers_the_best_between_two_saves(tiny_llama: Tiny, tm
     """T72: an evaluation that is the best so far is saved although no save is due."""
     model = adapted(small(tiny_llama), awake=False)
     settings = {
-        "optim.learning_rate": 0.05,
-        "optim.schedule": "constant",
-        "train.max_steps": 60,
-        "train.early_stop_patience": 3,
-        "train.eval_every_steps": 1,
-        "train.save_every_steps": 50,
+        "optim.learning_rate": 0.05, "optim.schedule": "constant", "train.max_steps": 60, "train.early_stop_patience": 3,
+        "train.eval_every_steps": 1, "train.save_every_steps": 50,
     }
     result = loop.run(config(tmp_path / "run", **settings), assembled(model), data(uneven(4), uneven(4, seed=1)), observers=[])
     assert result.stopped_early
@@ -216,14 +196,7 @@ def test_the_folder_holds_what_the_readme_says(tiny_llama: Tiny, tmp_path: Path)
     out = tmp_path / "deep" / "run"
     result, _ = train(adapted(small(tiny_llama)), out, **{"train.sample_prompts": 2})
     assert {path.name for path in out.iterdir()} == {
-        "config.yaml",
-        "environment.json",
-        "metrics.jsonl",
-        "run.json",
-        "samples.json",
-        "adapter",
-        "checkpoints",
-        "run.lock",
+        "config.yaml", "environment.json", "metrics.jsonl", "run.json", "samples.json", "adapter", "checkpoints", "run.lock",
     }
     summary = json.loads((out / "run.json").read_text())
     assert summary["status"] == "finished"
@@ -279,17 +252,11 @@ def test_a_run_goes_on_to_the_bit_and_says_so(tiny_llama: Tiny, tmp_path: Path) 
         for length in lengths:
             model = adapted(small(tiny_llama), dropout=0.2)
             result, ear = train(
-                model,
-                tmp_path / out,
-                resume=length != lengths[0],
-                **{"train.max_steps": length, "optim.schedule": "constant"},
+                model, tmp_path / out, resume=length != lengths[0], **{"train.max_steps": length, "optim.schedule": "constant"},
             )
-        ends.append(
-            (
-                adapter_tensors(model),
-                [{key: value for key, value in record.items() if key not in metrics.TIME_FIELDS} for record in result.history],
-            )
-        )
+        ends.append((adapter_tensors(model), [
+            {key: value for key, value in record.items() if key not in metrics.TIME_FIELDS} for record in result.history
+        ]))
     assert ("resumes", "after step 4") in ear.header.lines
     assert all(torch.equal(value, ends[1][0][name]) for name, value in ends[0][0].items())
     assert ends[0][1] == ends[1][1]
@@ -321,24 +288,11 @@ def test_recomputing_is_recorded_and_switched_off_again(tiny_llama: Tiny, tmp_pa
     assert not model.model.layers[0].gradient_checkpointing
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("train.seed", 5),
-        ("train.global_batch_size", 6),
-        ("optim.weight_decay", 0.3),
-        ("optim.clip_norm", 1e-3),
-        ("optim.betas", (0.5, 0.9)),
-        ("optim.eps", 1e-2),
-        ("optim.lora_plus_ratio", 8.0),
-        ("optim.state", "int8"),
-        ("optim.schedule", "linear"),
-        ("optim.warmup_steps", 3),
-        ("optim.final_lr_share", 0.9),
-        ("optim.learning_rate", 1e-3),
-        ("data.packing", True),
-    ],
-)
+@pytest.mark.parametrize(("key", "value"), [
+    ("train.seed", 5), ("train.global_batch_size", 6), ("optim.weight_decay", 0.3), ("optim.clip_norm", 1e-3), ("optim.betas", (0.5, 0.9)),
+    ("optim.eps", 1e-2), ("optim.lora_plus_ratio", 8.0), ("optim.state", "int8"), ("optim.schedule", "linear"), ("optim.warmup_steps", 3),
+    ("optim.final_lr_share", 0.9), ("optim.learning_rate", 1e-3), ("data.packing", True),
+])
 def test_every_setting_of_optimizer_and_order_has_an_effect(tiny_llama: Tiny, tmp_path: Path, key: str, value: Any) -> None:
     """T44: no dead options.  Hidden 64 and rank 64 give lora_a 4096 elements, so that 8-bit state is really used."""
     ends = []
@@ -358,17 +312,9 @@ def test_logging_every_third_step(tiny_llama: Tiny, tmp_path: Path) -> None:
 def test_a_classifier_learns_in_the_same_loop(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    model = LlamaForSequenceClassification(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            vocab_size=512,
-            num_labels=3,
-            pad_token_id=0,
-        )
-    )
+    model = LlamaForSequenceClassification(LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=512, num_labels=3, pad_token_id=0,
+    ))
     model = adapted(model, awake=False, fully_trained=("score",))
     ear = Quiet()
     settings = {"model.task": "sequence-classification", "train.epochs": 4.0, "train.global_batch_size": 8, "optim.learning_rate": 2e-2}
@@ -393,14 +339,9 @@ def test_a_first_step_with_dead_adapters_ends_the_run(tiny_llama: Tiny, tmp_path
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
-@pytest.mark.parametrize(
-    ("fault", "status"),
-    [
-        ("train.step_done:stop:2", "broken off"),
-        ("train.micro_batch:sigterm:3", "stopped"),
-        ("", "finished"),
-    ],
-)
+@pytest.mark.parametrize(("fault", "status"), [
+    ("train.step_done:stop:2", "broken off"), ("train.micro_batch:sigterm:3", "stopped"), ("", "finished"),
+])
 def test_observers_are_told_once_however_the_run_ends(
     tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, status: str
 ) -> None:
