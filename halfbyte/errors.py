@@ -56,8 +56,9 @@ class HalfbyteError(Exception):
         """The block that is printed."""
         lines = [f"error {self.code}: {self.rule}"]
         for label, value in (("where", self.place), ("found", self.found), ("expected", self.expected), ("fix", self.remedy)):
-            if value:
-                lines.append(f"  {label + ':':<9} " + value.replace("\n", "\n" + " " * 12))
+            text = str(value)  # a caller in Python may have given a number or a type where a name is wanted
+            if text:
+                lines.append(f"  {label + ':':<9} " + text.replace("\n", "\n" + " " * 12))
         if self.nothing_done:
             lines.append(f"  {self.nothing_done}")
         return "\n".join(lines)

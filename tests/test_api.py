@@ -2,6 +2,9 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,3 +54,22 @@ def test_a_package_with_the_name_of_a_function_can_be_called() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1500:]
+
+
+def test_a_value_that_is_no_text_is_named_in_the_error(tmp_path: Path) -> None:
+    import torch
+
+    from tests.models.small_models import write_folder
+
+    hb: Any = halfbyte
+    write_folder(tmp_path / "model")
+    calls: list[tuple[str, str, Callable[[], object]]] = [
+        ("E-CONF-083", "torch.bfloat16", lambda: hb.merge("no-run", tmp_path / "out", dtype=torch.bfloat16)),
+        ("E-CONF-084", "4", lambda: hb.quantize(tmp_path / "model", tmp_path / "out", format=4)),
+        ("E-CONF-082", "4", lambda: hb.load(tmp_path / "model", quant=4)),
+        ("E-CONF-082", "False", lambda: hb.load(tmp_path / "model", quant=False)),
+    ]
+    for code, found, call in calls:
+        with pytest.raises(halfbyte.HalfbyteError) as caught:
+            call()
+        assert caught.value.code == code and f"  found:    {found}\n" in str(caught.value)

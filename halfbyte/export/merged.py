@@ -68,7 +68,7 @@ class Merged:
             )
         elif self.storage != "none":
             lines.append(
-                f"the {self.storage} weights were written out as they are , also those of {self.dequantized} layers "
+                f"the {self.storage} weights were written out as they are, also those of {self.dequantized} layers "
                 f"without an adapter; nothing was quantized again. Quantizing this folder later changes it."
             )
         if self.untied:
