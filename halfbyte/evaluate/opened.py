@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+SHORT_RUNS = ("sweep", "points")
+"""Folders of a study whose runs find a learning rate."""
+
 
 @dataclass(frozen=True)
 class Located:
@@ -97,7 +100,12 @@ def _no_adapter(folder: Path) -> AdapterError:
 
 
 def _trained(run: Path, part: str) -> Path:
-    if not (run / part).is_dir() and any((folder / "study.json").is_file() for folder in run.absolute().parents[:3]):
+    """The folder of what a run was trained to.  Raises ConfigError where there is none."""
+    if (run / part).is_dir():
+        return run / part
+    whole = run.absolute()
+    study = next((folder for folder in whole.parents[:3] if (folder / "study.json").is_file()), None)
+    if study is not None and whole.relative_to(study).parts[0] in SHORT_RUNS:
         raise ConfigError(
             "a study keeps the records of its short runs, not their weights",
             code="E-CONF-095",
@@ -106,16 +114,18 @@ def _trained(run: Path, part: str) -> Path:
             expected=f"{run / part}",
             remedy=f"train with its settings: halfbyte train {run / 'config.yaml'} out=runs/NEW",
         )
-    if not (run / part).is_dir():
-        raise ConfigError(
-            "only a run that has finished can be used",
-            code="E-CONF-081",
-            place=str(run),
-            found=f"no folder {part}",
-            expected=f"{run / part}",
-            remedy=f"finish it first: halfbyte train --resume {run}",
-        )
-    return run / part
+    again = f"halfbyte train --resume {run}"
+    if study is not None:
+        log = whole.with_name(f"{whole.name}.log")
+        again = f"repeat the comparison's command, with --out {study}; one that diverged is not trained again, {log} says why"
+    raise ConfigError(
+        "only a run that has finished can be used",
+        code="E-CONF-081",
+        place=str(run),
+        found=f"no folder {part}",
+        expected=f"{run / part}",
+        remedy=f"finish it first: {again}",
+    )
 
 
 def _named_base(adapter: Path) -> str:

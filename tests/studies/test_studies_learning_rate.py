@@ -253,6 +253,23 @@ def test_a_point_whose_weights_were_dropped_says_so_in_its_log_and_when_it_is_op
     assert "--resume" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("place", "code", "remedy"),
+    [("sweep/lora/x0.3", "E-CONF-095", "halfbyte train "), ("points/x1", "E-CONF-095", "halfbyte train "),
+     ("runs/lora/seed-0", "E-CONF-081", "repeat the comparison's command, with --out ")],
+)  # fmt: skip
+def test_a_run_of_a_comparison_that_did_not_finish_is_no_short_run(place: str, code: str, remedy: str, tmp_path: Path) -> None:
+    """Nor is it one that `halfbyte train --resume` may go on with beside the comparison."""
+    run = tmp_path / place
+    run.mkdir(parents=True)
+    (tmp_path / "study.json").write_text("{}")
+    (run / "metrics.jsonl").write_text("")
+    (run / "config.yaml").write_text("data: rows.jsonl\n")
+    with pytest.raises(ConfigError, match=code) as caught:
+        locate(run)
+    assert remedy in str(caught.value) and "--resume" not in str(caught.value)
+
+
 def test_what_differs_from_the_study_there_is_named_with_both_values(tmp_path: Path) -> None:
     now = {"settings": {"train": {"seed": 0, "epochs": 1}}, "rows": 16}
     require_same(tmp_path / "study.json", now)
