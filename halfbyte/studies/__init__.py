@@ -1,1 +1,1 @@
-"""Studies: several runs or passes that answer one question; each resumes and says what it measured."""
+"""Studies: several runs or passes that answer one question and say what they measured; compare and lr resume, rank begins anew."""

@@ -3,7 +3,8 @@
     capacity   how many bits the rows ask for                      forward only
     gradient   which directions of the first gradient come back    three backward passes, each over half of up to `rows` rows
     probe      a short run of a large rank, cut to smaller ones    as many steps as a tenth of the planned run, at least 30; as many again
-                                                                   for each of the up to three small ranks that are run
+                                                                   for each small rank that is run: up to three, four from a probe of
+                                                                   rank 256 on
 
 Each stage may be left out.  What is trained, on what base and at which rate is a run's own settings (RunConfig); dropout, DoRA and
 whatever else is in rank_problem.PLAIN are left out of the trial, and a base that would be calibrated is the plain one.  With data.packing

@@ -128,7 +128,7 @@ def recommendation_dict(found: Recommendation) -> dict[str, Any]:
 
 def adapter_text(title: str, found: list[Group], ranks: dict[int, float]) -> str:
     """The spectrum of a trained adapter."""
-    header = ["modules", "count", "rank", "effective rank", "rank for 90 %", "share of the norm"]
+    header = ["modules", "count", "rank", "effective rank", "rank for 90 %", "share of the squared norm"]
     rows = [
         [one.name, str(one.count), str(one.rank), f"{one.effective_rank:.1f}", str(one.rank_for_most), percent_text(one.share)]
         for one in found
@@ -142,7 +142,7 @@ def adapter_text(title: str, found: list[Group], ranks: dict[int, float]) -> str
 def costs_text(found: Costs, per: str = "token") -> str:
     """Losses of cuts, predicted and measured; `per` is what a loss is the mean of."""
     rows_seen = f"{per}s" if per == "row" else f"{per}s of these rows"
-    header = ["cut", "parameters", "norm left out", "loss predicted (estimate)", "standard error", "loss measured", "cost"]
+    header = ["cut", "parameters", "squared norm left out", "loss predicted (estimate)", "standard error", "loss measured", "cost"]
     rows = [
         [one.name, count_text(one.parameters), percent_text(one.left_out),
          f"{one.predicted:.4f}", "-" if one.error is None else f"{one.error:.4f}", f"{one.measured:.4f}",

@@ -156,4 +156,4 @@ def test_what_cuts_cost_a_classifier_is_told_per_row() -> None:
 
     found = Costs(1.0, 2.0, 20, 18, (Cost("rank 2", 100, 0.1, 1.1, 0.01, 1.2),))
     assert "nats/row on 20 rows;" in costs_text(found, "row") and "18 other rows" in costs_text(found, "row")
-    assert "nats/token on 20 tokens of these rows;" in costs_text(found)
+    assert "nats/token on 20 tokens of these rows;" in costs_text(found) and "  squared norm left out  " in costs_text(found)

@@ -105,6 +105,7 @@ def test_the_command_shows_cuts_and_measures(trained: tuple[Path, Path], tmp_pat
     folder, held = trained
     code, text, _ = command("--adapter", folder)
     assert code == 0 and "spectrum of" in text and "q_proj" in text and "squared norm left out" in text
+    assert "share of the squared norm" in text
     code, text, _ = command("--adapter", folder, "--truncate", 4, "--to", tmp_path / "cut", "--data", held, "--max-rows", 24)
     assert code == 0 and "loss predicted (estimate)" in text and "nats/token" in text and "loss measured" in text
     assert {one.rank for one in groups(open_folder(tmp_path / "cut"))} == {4}
