@@ -152,11 +152,13 @@ def _calibrate(source: Source, out: Path, quant: QuantConfig, rows: Rows) -> Qua
 def relative_errors(model: nn.Module, source: Source) -> list[tuple[str, float]]:
     """(name, relative error) of each packed layer that stands under its name in the model's files."""
     found = []
+    turned: set[str] = model.config.quantization_config.report.transposed  # type: ignore[union-attr, assignment]  # quantizer.py's report
     with safetensors_io.open_tensors(source.folder) as tensors:
         for name, layer in surgery.modules_of(model, lambda _, module: isinstance(module, QuantLinear)):
             if f"{name}.weight" not in tensors:  # under another name in the files, e.g. one expert of many
                 continue
-            original = tensors[f"{name}.weight"]
-            gap = dense_weight(layer, torch.float32) - original.float()
-            found.append((name, float(gap.norm() / original.float().norm().clamp_min(1e-30))))
+            original = tensors[f"{name}.weight"].float()
+            original = original.T if name in turned else original
+            gap = dense_weight(layer, torch.float32) - original
+            found.append((name, float(gap.norm() / original.norm().clamp_min(1e-30))))
     return found
