@@ -4,6 +4,7 @@ Everything is done on the instance; no class of another library is touched.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -19,6 +20,25 @@ def replace(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
     model.set_submodule(name, new)
     new.train(old.training)
     return old
+
+
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Where the block raises, every submodule stands again where it stood, and what asked for a gradient asks for it again.
+
+    Modules that the block takes out are held until it ends.  Values are not looked after: what the block writes into a tensor stays.
+    """
+    places = list(model.named_modules(remove_duplicate=False))
+    asking = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for name, module in places:  # a parent comes before its children
+            if model.get_submodule(name) is not module:
+                model.set_submodule(name, module)
+        for parameter, asked in asking:
+            parameter.requires_grad_(asked)
+        raise
 
 
 def freeze(module: nn.Module) -> None:

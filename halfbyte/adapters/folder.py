@@ -16,6 +16,7 @@ from halfbyte.lora.inject import Injected, eject, frozen_base, inject, trained_p
 from halfbyte.lora.targets import candidates, classifier_head, output_embedding
 from halfbyte.lora.tensors import collected, compare_names, live_tensors, load_adapter_tensors
 from halfbyte.quant.linear import QuantLinear
+from halfbyte.surgery import undone_on_error
 
 
 def save_adapter(
@@ -50,7 +51,7 @@ def task_of(model: nn.Module) -> str | None:
 def load_adapter(
     model: nn.Module, folder: Path | str, *, base_digest: str | None = None, allow_other_base: bool = False, allow_untrained: bool = False
 ) -> Injected:
-    """Put the adapter of a PEFT folder into the model.  AdapterError if it is not one for this model; the model is then untouched.
+    """Put the adapter of a PEFT folder into the model.  AdapterError or TargetError if it does not fit; the model is untouched then.
 
     `base_digest` is compared with the one the folder notes, if it does; `allow_other_base` accepts a difference.
     The base of an adapter that began with init loftq is quantized as it was then, and stays so.
@@ -58,14 +59,15 @@ def load_adapter(
     adapter = peft.read(Path(folder), allow_untrained=allow_untrained)
     if not allow_other_base:
         require_base(model, adapter, folder, base_digest)
-    if adapter.loftq is not None:
-        require_fit(model, adapter, folder)
-        if all(isinstance(model.get_submodule(name), QuantLinear) for name in adapter.kinds):
-            if not allow_other_base:
-                raise other_start(adapter, folder)
-        else:
-            rebuild_base(model, adapter)
-    return put_in(model, adapter, folder)
+    with undone_on_error(model):
+        if adapter.loftq is not None:
+            require_fit(model, adapter, folder)
+            if all(isinstance(model.get_submodule(name), QuantLinear) for name in adapter.kinds):
+                if not allow_other_base:
+                    raise other_start(adapter, folder)
+            else:
+                rebuild_base(model, adapter)
+        return put_in(model, adapter, folder)
 
 
 def rebuild_base(model: nn.Module, adapter: peft.PeftAdapter) -> None:
@@ -104,10 +106,10 @@ def require_base(model: nn.Module, adapter: peft.PeftAdapter, folder: Path | str
 
 
 def put_in(model: nn.Module, adapter: peft.PeftAdapter, folder: Path | str) -> Injected:
-    """Inject a checked adapter and give it its values; on AdapterError the model is as it was."""
+    """Inject a checked adapter and give it its values; on an error the model is as it was."""
     require_fit(model, adapter, folder)
-    done = inject(model, adapter.config, start=False)
-    try:
+    with undone_on_error(model):
+        done = inject(model, adapter.config, start=False)
         if set(done.names) != set(adapter.kinds):
             raise AdapterError("an adapter must fit module by module", code="E-ADAPT-061", place=str(folder),
                                found=", ".join(sorted(set(done.names) ^ set(adapter.kinds))[:3]),
@@ -115,9 +117,6 @@ def put_in(model: nn.Module, adapter: peft.PeftAdapter, folder: Path | str) -> I
         _require_same_base(model, adapter, folder)
         compare_names(live_tensors(model), adapter.tensors, str(folder))
         load_adapter_tensors(model, adapter.tensors)
-    except AdapterError:
-        eject(model)
-        raise
     return done
 
 

@@ -12,8 +12,9 @@
     merge()          an adapter is active, not merged    merged
     unmerge()        merged                              not merged
 
-Everything else raises AdapterError and changes nothing.  Names are compared exactly: "a" is neither "ab" nor "a.b".  Whatever came before,
-the active adapter acts like a fresh load onto the untouched base, because every change takes the old one out first.
+Everything else raises AdapterError (TargetError for a packed module that is to be trained whole) and changes nothing.  Names are compared
+exactly: "a" is neither "ab" nor "a.b".  Whatever came before, the active adapter acts like a fresh load onto the untouched base, because
+every change takes the old one out first.
 Does not mix adapters in one forward.
 """
 
@@ -91,7 +92,7 @@ class AdapterStore:
         if self._active == name:
             try:
                 self._switch(name)
-            except AdapterError:
+            except BaseException:
                 self._held[name] = old
                 self._switch(name)
                 raise
@@ -113,7 +114,7 @@ class AdapterStore:
             former = self._active
             try:
                 self._switch(name)
-            except AdapterError:
+            except BaseException:
                 self._switch(former)
                 raise
 

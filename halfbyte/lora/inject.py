@@ -27,7 +27,7 @@ from halfbyte.lora.trained import TrainedParts
 from halfbyte.quant.dense import shape_of
 from halfbyte.quant.experts import QuantExperts
 from halfbyte.quant.linear import QuantLinear
-from halfbyte.surgery import freeze, modules_of, replace, trainable
+from halfbyte.surgery import freeze, modules_of, replace, trainable, undone_on_error
 
 WRAPPERS = (LoraLinear, LoraEmbedding, LoraExperts, TrainedParts)
 
@@ -100,7 +100,8 @@ def inject(
 
     With start=False the factors are zero and the base is as it was, whatever `init` says: for values that come from a file.
 
-    The same seed gives the same start on every machine.  Raises TargetError (nothing to adapt), AdapterError (already adapted).
+    The same seed gives the same start on every machine.  Raises TargetError (nothing to adapt), AdapterError (already adapted), and what
+    the start raises; the model is then as it was.
     """
     if updates(model) or trained_parts(model):
         raise AdapterError(
@@ -110,16 +111,17 @@ def inject(
     config = completed(model, config)
     names, whole, kinds = resolve(model, config), fully_trained(model, config), candidates(model)
     total = total_parameters(model)
-    freeze(model)
-    _train_parts(model, config, names, whole)
     recipe = quant if quant is not None else QuantConfig(format="nf4")
     recipe = recipe.model_copy(update={"format": "nf4"}) if recipe.format == "auto" else recipe
     generator = torch.Generator().manual_seed(seed)
-    for name, update in _wrap(model, config, names, kinds).items():
-        if start:
-            INITS[config.init](update, Start(name, generator, recipe, config.loftq_iterations, begun))
-        if not isinstance(update, ExpertUpdate):
-            update.start_magnitude()
+    with undone_on_error(model):
+        freeze(model)
+        _train_parts(model, config, names, whole)
+        for name, update in _wrap(model, config, names, kinds).items():
+            if start:
+                INITS[config.init](update, Start(name, generator, recipe, config.loftq_iterations, begun))
+            if not isinstance(update, ExpertUpdate):
+                update.start_magnitude()
     trained = sum(parameter.numel() for _, parameter in trainable(model))
     return Injected(tuple(names), {name: rank_of(config, name) for name in names}, trained, total + trained)
 

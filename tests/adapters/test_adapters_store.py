@@ -1,6 +1,7 @@
 """The state machine of several adapters: every sequence of operations ends where a model of it says, with the logits of a fresh load."""
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from halfbyte.adapters.folder import load_adapter, save_adapter
 from halfbyte.adapters.store import AdapterStore
 from halfbyte.config.lora import LoraConfig
-from halfbyte.errors import AdapterError
+from halfbyte.errors import AdapterError, TargetError
 from halfbyte.lora.inject import inject
 from halfbyte.lora.tensors import live_tensors
+from halfbyte.quant.linear import QuantLinear
+from halfbyte.surgery import replace
 
 IDS = torch.tensor([[3, 17, 30, 9, 41]])
 CONFIGS = {
@@ -144,3 +147,26 @@ def test_an_adapter_that_does_not_fit_leaves_the_former_one_acting(tmp_path: Pat
         store.add("other", tmp_path / "other")
     assert store.active == "good"
     assert torch.equal(logits_of(store.model), expected)
+
+
+def test_an_adapter_that_cannot_act_leaves_the_former_one_acting(tmp_path: Path) -> None:
+    """Also where it is the base that refuses: a packed head cannot be trained whole."""
+    for name in ("a", "b"):
+        write(tmp_path / name, CONFIGS[name], 1)
+    write(tmp_path / "again", CONFIGS["b"], 2)
+    model = base()
+    replace(model, "lm_head", QuantLinear.from_linear(model.get_submodule("lm_head"), "nf4", 64, True, "lm_head"))
+    store = AdapterStore(model)
+    for name in ("a", "b"):
+        store.add(name, tmp_path / name)
+    store.activate("a")
+    expected = logits_of(model)
+    with pytest.raises(TargetError, match="E-TARGET-004"):
+        store.activate("b")
+    assert store.active == "a"
+    assert torch.equal(logits_of(model), expected)
+    shutil.copytree(tmp_path / "again", tmp_path / "a", dirs_exist_ok=True)
+    with pytest.raises(TargetError, match="E-TARGET-004"):
+        store.reload("a")
+    assert store.active == "a"
+    assert torch.equal(logits_of(model), expected)

@@ -308,6 +308,48 @@ def test_refused_combinations() -> None:
         inject(quantized(llama()), LoraConfig(rank=2, targets=("q_proj",), fully_trained=("up_proj",)))
 
 
+@pytest.mark.parametrize("make,config,code", [
+    (llama, LoraConfig(rank=48, init="pissa", fully_trained=("lm_head",)), "E-ADAPT-002"),
+    (llama, LoraConfig(rank=48, init="loftq"), "E-ADAPT-002"),  # by then q_proj has exchanged its base
+    (llama, LoraConfig(rank=2, init="calibrated"), "E-UNSUP-049"),
+    (mixtral, LoraConfig(rank=2, dropout=0.1), "E-UNSUP-042"),
+    (lambda: quantized(llama()), LoraConfig(rank=2, targets=("q_proj",), fully_trained=("norm", "up_proj")), "E-TARGET-004"),
+])  # fmt: skip
+def test_what_cannot_begin_leaves_the_model_as_it_was(make: object, config: LoraConfig, code: str) -> None:
+    """Each module is the one that stood there, what trained trains, and a corrected call goes through."""
+    model = make()  # type: ignore[operator]
+    modules = dict(model.named_modules())
+    asking = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with pytest.raises(HalfbyteError) as caught:
+        inject(model, config)
+    assert caught.value.code == code
+    after = dict(model.named_modules())
+    assert list(after) == list(modules)
+    assert all(after[name] is modules[name] for name in modules)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == asking
+    assert inject(model, LoraConfig(rank=2)).names
+
+
+def test_an_adapter_that_cannot_be_put_in_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    """The base that init loftq makes for it goes too."""
+    for init, whole in (("default", ("lm_head",)), ("loftq", ("norm",))):
+        trained = llama()
+        inject(trained, LoraConfig(rank=2, init=init, fully_trained=whole))  # type: ignore[arg-type]
+        save_adapter(trained, tmp_path / init, allow_untrained=True)
+    packed = llama()
+    replace(packed, "lm_head", QuantLinear.from_linear(packed.lm_head, "nf4", 64, True, "lm_head"))
+    wider = llama()
+    wider.model.norm = nn.LayerNorm(64)
+    for model, name, code in ((packed, "default", "E-TARGET-004"), (wider, "loftq", "E-ADAPT-010")):
+        modules = list(model.modules())
+        asking = [parameter.requires_grad for parameter in model.parameters()]
+        with pytest.raises(HalfbyteError) as caught:
+            load_adapter(model, tmp_path / name, allow_untrained=True)
+        assert caught.value.code == code
+        assert all(one is other for one, other in zip(model.modules(), modules, strict=True))
+        assert [parameter.requires_grad for parameter in model.parameters()] == asking
+
+
 @pytest.mark.parametrize("damage,code", [
     (lambda: llama(num_hidden_layers=1), "E-ADAPT-063"), (lambda: llama(hidden_size=32), "E-ADAPT-011"), (gpt2, "E-ADAPT-063"),
     (lambda: llama(vocab_size=80), "E-ADAPT-011"),

@@ -111,4 +111,10 @@ MUTANTS = [
     Mutant("T67", "reload does not reach the active adapter", "halfbyte/adapters/store.py",
            "        if self._active == name:\n            try:",
            "        if False:\n            try:", f"{STORE}::test_500_random_operations_against_a_model"),
+    Mutant("T67", "a failing start leaves the model half adapted", "halfbyte/lora/inject.py", "    with undone_on_error(model):\n",
+           "    if True:\n", f"{INJECT}::test_what_cannot_begin_leaves_the_model_as_it_was"),
+    Mutant("T67", "a failing start leaves the model frozen", "halfbyte/surgery.py", "parameter.requires_grad_(asked)", "pass",
+           f"{INJECT}::test_what_cannot_begin_leaves_the_model_as_it_was"),
+    Mutant("T67", "a failed switch leaves none acting", "halfbyte/adapters/store.py", "                self._switch(former)\n", "",
+           f"{STORE}::test_an_adapter_that_cannot_act_leaves_the_former_one_acting"),
 ]  # fmt: skip
