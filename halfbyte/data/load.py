@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def load_data(
     rows, shape, samples = read_samples(config.path, config, config.shape, notes, config.max_rows)
     held_out, eval_digest = _eval_samples(config, shape, notes)
     duplicates = _duplicates(samples, config)
+    one_file = held_out is None
     if held_out is None:
         samples, held_out = split(samples, config.eval_rows)
     elif (overlap := _overlap(samples, held_out, config)) is not None:
@@ -71,8 +73,9 @@ def load_data(
     used = _template(template, tokenizer, shape, now) if conversations else None
     try:
         names = tuple(labels) or class_names([*samples, *held_out])
-        train = tokenize(samples, tokenizer, used, config, model_limit=model_limit, labels=names)
-        evaluated = tokenize(held_out, tokenizer, used, config, model_limit=model_limit, labels=names) if held_out else None
+        cut = partial(tokenize, tokenizer=tokenizer, template=used, config=config, model_limit=model_limit, labels=names)
+        train = cut(samples, others=len(held_out) if one_file else 0)
+        evaluated = cut(held_out, beside=train.report if one_file else None) if held_out else None
         digest = _digest(config, rows, eval_digest, tokenizer, used, train, evaluated)
     finally:
         if used is not None and own:

@@ -9,6 +9,7 @@ refused; a template that closes no answer with a token of the tokenizer is refus
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -93,8 +94,14 @@ def tokenize(
     *,
     model_limit: int | None = None,
     labels: Sequence[str] = (),
+    others: int = 0,
+    beside: DataReport | None = None,
 ) -> Tokenized:
-    """Tokenize all samples; `template` may be None when no sample is a conversation; `labels` are the classes of a classifier."""
+    """Tokenize all samples; `template` may be None when no sample is a conversation; `labels` are the classes of a classifier.
+
+    Of one file that is split: `others` is how many of its rows are still to come, `beside` the report of those before.  What is too much
+    to drop is a share of the whole file, and of the later part nothing need be left.
+    """
     limit = max_tokens_of(config, model_limit)
     encoder, tally = Encoder(tokenizer), _Tally()
     problems: list[Problem] = []
@@ -108,7 +115,7 @@ def tokenize(
                 examples.append(fitted)
     if problems:
         raise combined(problems)
-    _settle(samples, examples, tally, limit)
+    _settle(samples, examples, tally, limit, others, beside)
     stop_text, stop_id = _stop(samples, tally, tokenizer)
     return Tokenized(examples, _report(samples, examples, tally, limit, stop_text, stop_id, names))
 
@@ -313,12 +320,16 @@ def cut_prompt(example: Example, limit: int, bos_id: int | None) -> Example | No
     )
 
 
-def _settle(samples: Sequence[Sample], examples: Sequence[Example], tally: _Tally, limit: int) -> None:
+def _settle(
+    samples: Sequence[Sample], examples: Sequence[Example], tally: _Tally, limit: int, others: int, beside: DataReport | None
+) -> None:
     """Notes for what was dropped; refusals when too much was."""
-    unlearnable = sum(count for reason, count in tally.dropped.items() if not reason.startswith("over "))
-    if unlearnable > UNLEARNABLE_SHARE * len(samples):
-        reasons = ", ".join(f"{count:,} with {reason}" for reason, count in tally.dropped.items() if not reason.startswith("over "))
-        raise error_of(Problem("E-DATA-060", file_of(samples), found=f"{unlearnable:,} of {len(samples):,} rows: {reasons}"))
+    dropped = Counter(tally.dropped) + Counter(beside.dropped if beside else {})
+    unlearnable = {reason: count for reason, count in dropped.items() if not reason.startswith("over ")}
+    rows = len(samples) + others + (beside.rows if beside else 0)
+    if sum(unlearnable.values()) > UNLEARNABLE_SHARE * rows:
+        reasons = ", ".join(f"{count:,} with {reason}" for reason, count in unlearnable.items())
+        raise error_of(Problem("E-DATA-060", file_of(samples), found=f"{sum(unlearnable.values()):,} of {rows:,} rows: {reasons}"))
     for reason, count in tally.dropped.items():
         if not reason.startswith("over "):
             tally.notes.append(f"{count:,} of {len(samples):,} rows dropped: {reason}")
@@ -332,7 +343,9 @@ def _settle(samples: Sequence[Sample], examples: Sequence[Example], tally: _Tall
     if tally.plain_places:
         places = ", ".join(tally.plain_places[:SHOWN])
         tally.notes.append(f"{len(tally.plain_places):,} rows contain special tokens as text; kept as plain text ({places})")
-    if not examples:
+    if not examples and beside is not None:
+        tally.notes.append(f"none of the {len(samples):,} rows are left, so nothing is evaluated")
+    elif not examples:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in tally.dropped.items()) or "no rows"
         raise error_of(
             Problem("E-DATA-061", file_of(samples), found=f"no rows left: {reasons}; longest {tally.longest:,} tokens, limit {limit:,}")
@@ -381,18 +394,7 @@ def _report(
         raise error_of(Problem("E-DATA-070", file_of(samples), found=f"{tally.tokens_out:,} tokens kept, {tokens:,} in the rows"))
     trained = sum(label != IGNORED for one in examples for label in one.labels)
     return DataReport(
-        rows=len(samples),
-        kept=len(examples),
-        dropped=dict(tally.dropped),
-        cut=tally.cut,
-        tokens=tokens,
-        trained_tokens=trained,
-        tokens_dropped=tally.tokens_in - tally.tokens_out,
-        longest=tally.longest,
-        longest_place=tally.longest_place,
-        max_tokens=limit,
-        stop_token_text=stop_text,
-        stop_token_id=stop_id,
-        labels=names,
-        notes=list(tally.notes),
-    )
+        rows=len(samples), kept=len(examples), dropped=dict(tally.dropped), cut=tally.cut, tokens=tokens, trained_tokens=trained,
+        tokens_dropped=tally.tokens_in - tally.tokens_out, longest=tally.longest, longest_place=tally.longest_place, max_tokens=limit,
+        stop_token_text=stop_text, stop_token_id=stop_id, labels=names, notes=list(tally.notes),
+    )  # fmt: skip

@@ -98,12 +98,12 @@ def _from_hub(name: str, revision: str | None, allow_download: bool, weights: bo
             remedy="add --allow-download (halfbyte train: model.allow_download=true), or name a folder",
         )  # fmt: skip
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         left_out = None if weights else ["*.safetensors"]
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=left_out))
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as fault:
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as fault:
         raise EnvironmentFault(
             "the hub did not give this model", code="E-ENV-042", place=f"model {name!r}, revision {revision or 'main'}",
             found=f"{type(fault).__name__}: {str(fault).splitlines()[0][:200]}", remedy="check the id, the network and your access",

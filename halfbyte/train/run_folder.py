@@ -100,7 +100,8 @@ class RunFolder:
         """Files that a run would write over or hide, and that no run has put here: a model's, somebody's own config.yaml."""
         model = [name for name in ("config.json", "adapter_config.json") if (self.path / name).exists()]
         if self.metrics.exists():
-            return model
+            ours = all(type(record.get("step")) is int for record in metrics.read(self.metrics))
+            return model + ([] if ours else [self.metrics.name])
         own = (self.config, self.environment, self.summary, self.samples, self.plan, self.path / "report.html", self.path / "loss.png")
         return model + [file.name for file in own if file.exists()]
 

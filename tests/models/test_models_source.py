@@ -181,3 +181,9 @@ def test_the_starter_is_ready_the_second_time(starter: sources.Source) -> None:
     assert tokenizer.eos_token == "<|im_end|>" and "im_start" in tokenizer.chat_template and tokenizer.model_max_length == 8192
     config = json.loads((starter.folder / "config.json").read_text())
     assert config["num_hidden_layers"] == 30 and "quantization_config" not in config
+
+
+def test_a_hub_id_that_cannot_be_one_is_told_plainly() -> None:
+    """Before anything is asked of the network."""
+    with pytest.raises(EnvironmentFault, match=r"E-ENV-042(.*\n)+.*HFValidationError"):
+        resolve("some one/small model", allow_download=True)

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from halfbyte.config import load_config, to_yaml
+from halfbyte.errors import ConfigError
 from halfbyte.train.run_folder import RunFolder
 
 TEXTS = [
@@ -31,3 +32,13 @@ def test_a_blanked_secret_leaves_its_file_readable(text: str, tmp_path: Path) ->
 def test_a_name_makes_a_secret_of_its_value(tmp_path: Path) -> None:
     RunFolder(tmp_path).write_json(tmp_path / "x.json", {"api_key": "hunter22", "steps": {"password": "hunter22"}, "tokens": 12345678})
     assert json.loads((tmp_path / "x.json").read_text()) == {"api_key": "<hidden>", "steps": {"password": "<hidden>"}, "tokens": 12345678}
+
+
+@pytest.mark.parametrize("record", [{"loss": 1.0}, {"step": None}, {"step": "3"}])
+def test_records_of_somebody_else_are_not_written_over(record: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match=r"E-CONF-304(.*\n)+.*metrics\.jsonl"):
+            RunFolder(tmp_path).open(resume=resume)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 3.0}\n')
+    RunFolder(tmp_path).open(resume=False)
