@@ -29,8 +29,8 @@ from halfbyte.devices import compute_device
 from halfbyte.errors import AdapterError, ConfigError
 from halfbyte.evaluate.prompts import Messages, prompt_tokens, require_text
 from halfbyte.formats import peft
-from halfbyte.models import rope
 from halfbyte.models.calibrated_base import base_of_run
+from halfbyte.models.cast import cast
 from halfbyte.models.generate import generate
 from halfbyte.models.load import choose_dtype, load_model, load_tokenizer, task_of_folder
 from halfbyte.models.source import Source, resolve
@@ -266,22 +266,15 @@ def open_model(
     )
     if begun is not None and begun.loftq is not None:
         require_fit(model, begun, located.adapter or "")
-        _cast(model, DTYPES[begun.loftq.dtype])
+        cast(model, DTYPES[begun.loftq.dtype])
         rebuild_base(model, begun)
-        _cast(model, choose_dtype(dtype)[0])
+        cast(model, choose_dtype(dtype)[0])
     model.to(compute_device(config.model.device if config else "auto"))  # type: ignore[arg-type]  # transformers' wrapper hides it
     template = template or (config.model.template if config else None)
     opened = Opened(located, source, model, load_tokenizer(source), template, start_of(begun) if begun else None, force_base)
     if located.adapter is not None:
         opened.activate(opened.add(located.adapter))
     return opened
-
-
-def _cast(model: "PreTrainedModel", dtype: torch.dtype) -> None:
-    """The weights that are not packed in another type; rotary frequencies stay exact."""
-    if model.dtype != dtype:
-        model.to(dtype)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
-        rope.restore(model)
 
 
 def _loftq_adapter(folder: Path | None) -> peft.PeftAdapter | None:

@@ -16,12 +16,16 @@ from torch import nn
 
 from halfbyte import surgery
 from halfbyte.errors import AdapterError, ConfigError
-from halfbyte.evaluate.opened import locate, open_model
+from halfbyte.evaluate.opened import Opened, locate, open_model
 from halfbyte.export import folder, probe
+from halfbyte.formats import peft
 from halfbyte.lora.inject import updates
 from halfbyte.lora.layer import LoraLinear
 from halfbyte.lora.merge import merge
+from halfbyte.models.cast import cast
+from halfbyte.models.packed_folder import storage_of
 from halfbyte.models.save import save_dense
+from halfbyte.models.source import Source
 from halfbyte.quant.dense import dense_weight, with_weight
 from halfbyte.quant.dense_experts import with_expert_weights
 from halfbyte.quant.experts import QuantExperts
@@ -96,7 +100,7 @@ def merge_to_folder(
     if onto == "original":
         _require_own_base(run)
     opening: dict[str, Any] = {"base": model, "allow_download": allow_download, "force_base": force_base}
-    opening["dtype"] = "float32" if dtype == "float32" else None
+    opening["dtype"] = None if dtype == "bfloat16" else "float32"  # rounded once, to the type that is written
     opened = open_model(run, **opening)
     if opened.active is None:
         raise AdapterError(
@@ -117,13 +121,15 @@ def merge_to_folder(
             remedy="use the adapter unmerged",
             nothing_done="Nothing was merged.",
         )
-    storage = opened.located.config.quant_format if opened.located.config else "none"
+    storage = _storage_of(opened)
+    if onto == "original":
+        _require_unpacked(opened.source, run)
     unmerged = probe.logits_of(opened.model, opened.tokenizer)
     if onto == "original" and storage != "none":
         opened = open_model(run, quant="none", **opening)
     report = merge(opened.model)
     dequantized = write_out(opened.model)
-    opened.model.to(DTYPES[dtype])  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+    cast(opened.model, DTYPES[dtype])
     if opened.template_path is not None:
         opened.tokenizer.chat_template = opened.template.source
     save_dense(opened.model, opened.tokenizer, out, over=False)
@@ -141,6 +147,29 @@ def _require_own_base(run: str | Path) -> None:
         raise AdapterError(
             "the adapter of a calibrated base belongs to that base", code="E-ADAPT-084", place=str(run), found="--onto original",
             expected="--onto trained", remedy="leave --onto out", nothing_done="Nothing was merged.",
+        )  # fmt: skip
+
+
+def _storage_of(opened: Opened) -> str:
+    """How the base under the adapter is stored: as the folder has it, else as the run or the adapter's own start packed it."""
+    packed = storage_of(opened.source.folder)
+    if packed is not None:
+        return packed.format
+    if opened.located.config is not None:
+        return opened.located.config.quant_format
+    begun = peft.read(opened.located.adapter).loftq if opened.located.adapter is not None else None
+    return begun.format if begun is not None else "none"
+
+
+def _require_unpacked(base: Source, run: str | Path) -> None:
+    """Raise AdapterError where the base's folder holds packed weights only: what they were before is not in it."""
+    packed = storage_of(base.folder)
+    if packed is not None:
+        raise AdapterError(
+            "the original weights must be at hand", code="E-ADAPT-085", place=str(run),
+            found=f"--onto original with the base {base.name}, a folder that is already in {packed.format}",
+            expected="--onto trained, or the model's 16-bit folder", nothing_done="Nothing was merged.",
+            remedy="leave --onto out, or name the 16-bit folder with --model",
         )  # fmt: skip
 
 
