@@ -125,8 +125,9 @@ def train(
     resume     go on with the run in `out` from its newest whole checkpoint
     Raises what the command line says in its error block: subclasses of HalfbyteError.
     """
-    given = {"model": model, "data": data, "method": method, "out": out}
-    flags = {name: str(value) if isinstance(value, Path) else value for name, value in {**given, **settings}.items() if value is not None}
+    named = {"model": model, "data": data, "method": method, "out": out}
+    given = {**{name: value for name, value in named.items() if value is not None}, **settings}
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     path = Path(config) if config is not None else None
     if resume and path is None and out is not None and data is None:
         path = RunFolder(Path(out)).config

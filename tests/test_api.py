@@ -73,3 +73,15 @@ def test_a_value_that_is_no_text_is_named_in_the_error(tmp_path: Path) -> None:
         with pytest.raises(halfbyte.HalfbyteError) as caught:
             call()
         assert caught.value.code == code and f"  found:    {found}\n" in str(caught.value)
+
+
+def test_none_is_a_value_of_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from halfbyte import api
+
+    given: list[Any] = []
+    monkeypatch.setattr(api, "train_config", lambda config, resume: given.append(config))
+    train: Any = api.train
+    train(data=tmp_path / "rows.jsonl", out=None, **{"optim.clip_norm": None})
+    assert given[0].optim.clip_norm is None and given[0].out == "runs/run"
+    with pytest.raises(halfbyte.HalfbyteError, match="E-CONF-022"):
+        train(data="rows.jsonl", **{"lora.rank": None})

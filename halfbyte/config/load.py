@@ -76,7 +76,8 @@ def _given(overrides: Sequence[str], flags: Mapping[str, object], draft: _Draft,
                                           expected="e.g. lora.rank=32"))  # fmt: skip
             continue
         pairs.append((key.strip(), parse_value(value, f"{origin}, {key.strip()}")))
-    pairs += [(key, str(value) if isinstance(value, Path) else value) for key, value in flags.items() if value is not None]
+    not_given = [key for key, value in flags.items() if value is None and ".".join(_split(key)) in GROUPS]  # as in a file
+    pairs += [(key, str(value) if isinstance(value, Path) else value) for key, value in flags.items() if key not in not_given]
     given: dict[str, Any] = {}
     for key, value in pairs:
         name = ".".join(_split(key))
@@ -137,7 +138,7 @@ def read_settings(
 ) -> Loaded:
     """Settings with their notes and places; raises one ConfigError that lists every problem.
 
-    `overrides` are texts "lora.rank=32"; `flags` are dotted keys with values, where None means not given.
+    `overrides` are texts "lora.rank=32"; `flags` are dotted keys with values, where None is null, and for a group not given.
     """
     draft = _from_file(Path(path)) if path is not None else _Draft()
     _apply(_given(overrides, flags or {}, draft, origin), draft, origin)

@@ -41,8 +41,12 @@ def test_the_same_flag_and_override_with_one_value_agree(tmp_path: Path) -> None
     assert _load(tmp_path, "data: rows.jsonl\n", "model=folder", model__name="folder").model.name == "folder"
 
 
-def test_flags_that_were_not_given_change_nothing(tmp_path: Path) -> None:
-    assert _load(tmp_path, "data: rows.jsonl\nout: runs/a\n", out=None, model__name=None).out == "runs/a"
+def test_none_is_the_value_null_of_a_setting_and_no_group(tmp_path: Path) -> None:
+    config = _load(tmp_path, "data: rows.jsonl\nlora: {rank: 8}\n", optim__clip_norm=None, train={"eval_every_steps": None}, lora=None)
+    assert (config.optim.clip_norm, config.train.eval_every_steps, config.lora.rank) == (None, None, 8)
+    assert _load(tmp_path, "data: rows.jsonl\n", "optim.clip_norm=null") == _load(tmp_path, "data: rows.jsonl\n", optim__clip_norm=None)
+    with pytest.raises(ConfigError, match=r"lora\.rank"):
+        _load(tmp_path, "data: rows.jsonl\n", lora__rank=None)
 
 
 def test_a_path_object_is_a_text(tmp_path: Path) -> None:
