@@ -47,8 +47,9 @@ def row_norms(weight_OI: Tensor, lora_a_RI: Tensor, lora_b_OR: Tensor, scaling: 
 
 
 def dora_gain(magnitude_O: Tensor, norm_O: Tensor) -> Tensor:
-    """g = magnitude / norm, (O,); the norm is `row_norms`, which carries no gradient."""
-    return magnitude_O / norm_O
+    """g = magnitude / norm, (O,), and 1 for a row of length 0, which has no direction; the norm is `row_norms`, without gradient."""
+    there = norm_O > 0
+    return torch.where(there, magnitude_O / torch.where(there, norm_O, 1), 1)
 
 
 def merged_weight(weight_OI: Tensor, delta_OI: Tensor, magnitude_O: Tensor | None) -> Tensor:
@@ -56,4 +57,4 @@ def merged_weight(weight_OI: Tensor, delta_OI: Tensor, magnitude_O: Tensor | Non
     total = weight_OI.float() + delta_OI.float()
     if magnitude_O is None:
         return total
-    return total * (magnitude_O.float() / torch.linalg.vector_norm(total, dim=1))[:, None]
+    return total * dora_gain(magnitude_O.float(), torch.linalg.vector_norm(total, dim=1))[:, None]

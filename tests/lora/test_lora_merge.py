@@ -153,6 +153,29 @@ def test_tied_embeddings_survive_merge_and_reload(targets: tuple[str, ...], how:
     assert torch.equal(logits_of(model), expected)
 
 
+@pytest.mark.parametrize("zeros,targets", [
+    ("model.layers.1.self_attn.o_proj", ("q_proj", "o_proj")), ("model.embed_tokens", ("embed_tokens",)),
+])  # fmt: skip
+def test_dora_has_gain_1_where_the_weight_has_no_length(zeros: str, targets: tuple[str, ...]) -> None:
+    """Rows of zeros, as in an expanded or pruned model: a gain of 0 / 0 would be NaN, before the first step or in its gradient."""
+    model = llama()
+    with torch.no_grad():
+        table = model.get_submodule(zeros).weight  # of an embedding the columns have the lengths
+        (table[:, :5] if "embed" in zeros else table).zero_()
+    before = logits_of(model)
+    inject(model, LoraConfig(rank=4, alpha=6, dora=True, targets=targets))
+    assert off(logits_of(model), before) < 2e-6
+    step = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
+    for _ in range(2):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        step.step()
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in live_tensors(model).values())
+    eject(model)
+    inject(model, LoraConfig(rank=4, alpha=6, dora=True, targets=targets))
+    merge(model)
+    assert off(logits_of(model), before) < 2e-6
+
+
 def test_nothing_to_merge_and_changed_since() -> None:
     with pytest.raises(AdapterError, match="E-ADAPT-020"):
         merge(llama())

@@ -117,4 +117,10 @@ MUTANTS = [
            f"{INJECT}::test_what_cannot_begin_leaves_the_model_as_it_was"),
     Mutant("T67", "a failed switch leaves none acting", "halfbyte/adapters/store.py", "                self._switch(former)\n", "",
            f"{STORE}::test_an_adapter_that_cannot_act_leaves_the_former_one_acting"),
+    Mutant("T34", "the gain of a row without length is 0 / 0", "halfbyte/lora/variants.py",
+           "return torch.where(there, magnitude_O / torch.where(there, norm_O, 1), 1)",
+           "return magnitude_O / norm_O", f"{MERGE}::test_dora_has_gain_1_where_the_weight_has_no_length"),
+    Mutant("T34", "the gradient of the gain of a row without length is 0 / 0", "halfbyte/lora/variants.py",
+           "magnitude_O / torch.where(there, norm_O, 1), 1)",
+           "magnitude_O / norm_O, 1)", f"{MERGE}::test_dora_has_gain_1_where_the_weight_has_no_length"),
 ]  # fmt: skip
