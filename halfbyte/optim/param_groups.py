@@ -1,11 +1,12 @@
 """Which trainable parameter learns at which rate and decays or not, as groups that can be printed by name.
 
-| group       | parameters                                             | rate                   | decays |
-|-------------|--------------------------------------------------------|------------------------|--------|
-| embeddings  | tables of tokens, and adapters on them                 | embedding_lr, else lr  | yes    |
-| lora_b      | `lora_b` factors                                       | lora_plus_ratio * lr   | yes    |
-| vectors     | everything with one dimension: biases, norms, DoRA     | lora_plus_ratio * lr   | no     |
-| matrices    | the rest                                               | lr                     | yes    |
+| group             | parameters                                              | rate                   | decays |
+|-------------------|---------------------------------------------------------|------------------------|--------|
+| matrices          | the rest                                                | lr                     | yes    |
+| lora_b            | `lora_b` factors                                        | lora_plus_ratio * lr   | yes    |
+| vectors           | everything with one dimension: biases, norms, DoRA      | lora_plus_ratio * lr   | no     |
+| embeddings        | tables of tokens, and the factors of adapters on them   | embedding_lr, else lr  | yes    |
+| embedding_vectors | the DoRA lengths of adapters on tables                  | embedding_lr, else lr  | no     |
 
 LoRA+ (https://arxiv.org/abs/2402.12354) gives B a higher rate than A; without it all rates are `lr`.  Decay touches no vector: pulling
 norms and magnitudes to zero is not what weight decay is for.  An option that would change nothing is refused.
@@ -19,7 +20,8 @@ from halfbyte.config.optim import OptimConfig
 from halfbyte.errors import ConfigError
 from halfbyte.surgery import trainable
 
-ORDER = ("matrices", "lora_b", "vectors", "embeddings")
+ORDER = ("matrices", "lora_b", "vectors", "embeddings", "embedding_vectors")
+NO_DECAY = ("vectors", "embedding_vectors")
 
 
 def label_of(model: nn.Module, name: str, parameter: nn.Parameter) -> str:
@@ -28,7 +30,7 @@ def label_of(model: nn.Module, name: str, parameter: nn.Parameter) -> str:
     owners = [model.get_submodule(".".join(path[:depth])) for depth in range(1, len(path) + 1)]
     # a table, or what stands around one: an adapter, or the trained copy of its values, which lies a level deeper
     if any(isinstance(getattr(owner, "base", owner), nn.Embedding) for owner in owners):
-        return "embeddings"
+        return "embedding_vectors" if parameter.ndim <= 1 else "embeddings"
     if last == "lora_b":
         return "lora_b"
     return "vectors" if parameter.ndim <= 1 else "matrices"
@@ -54,10 +56,11 @@ def groups(model: nn.Module, config: OptimConfig, lr: float) -> list[dict[str, A
             )
     ratio = config.lora_plus_ratio
     rates = {"matrices": lr, "lora_b": lr * ratio, "vectors": lr * ratio, "embeddings": config.embedding_lr or lr}
+    rates["embedding_vectors"] = rates["embeddings"]
     return [
         {
             "label": label, "params": members[label], "lr": rates[label], "base_lr": rates[label],
-            "weight_decay": 0.0 if label == "vectors" else config.weight_decay,
+            "weight_decay": 0.0 if label in NO_DECAY else config.weight_decay,
         }
         for label in ORDER if members[label]
     ]

@@ -35,7 +35,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group() -> None:
     found = {label: sorted(name for name, _ in group["params"]) for label, group in by_label(OptimConfig()).items()}
     assert found == {
         "matrices": ["layer.lora_a"], "lora_b": ["layer.lora_b"], "vectors": ["layer.magnitude", "norm.bias", "norm.weight"],
-        "embeddings": ["copied.parts.0", "table.lora_a", "table.lora_b", "table.magnitude", "whole.weight"],
+        "embeddings": ["copied.parts.0", "table.lora_a", "table.lora_b", "whole.weight"], "embedding_vectors": ["table.magnitude"],
     }
 
 
@@ -43,7 +43,7 @@ def test_lora_plus_and_embedding_rates() -> None:
     """T43: the rate of embeddings is not lost under LoRA+."""
     found = by_label(OptimConfig(lora_plus_ratio=16.0, embedding_lr=1e-6))
     rates = {label: group["lr"] for label, group in found.items()}
-    assert rates == {"matrices": 1e-3, "lora_b": 16e-3, "vectors": 16e-3, "embeddings": 1e-6}
+    assert rates == {"matrices": 1e-3, "lora_b": 16e-3, "vectors": 16e-3, "embeddings": 1e-6, "embedding_vectors": 1e-6}
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers by its old name
@@ -75,8 +75,8 @@ def test_without_gradient_each_group_shrinks_by_its_decay_or_not_at_all(weight_d
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for group in optimizer.param_groups:
-        share = 1.0 if group["label"] == "vectors" else 1 - group["lr"] * weight_decay
         for parameter in group["params"]:
+            share = 1.0 if parameter.ndim == 1 else 1 - group["lr"] * weight_decay  # DoRA's lengths too, also those of a table
             torch.testing.assert_close(parameter.detach(), before[id(parameter)] * share, rtol=1e-7, atol=0)
 
 
