@@ -56,6 +56,8 @@ MUTANTS = [
            f"{RANK}::test_the_rows_measured_are_spread_over_all"),
     Mutant("T0", "an adapter of init loftq cannot be looked at", "halfbyte/cli/rank.py", "rank_adapter.left_out(whole, number)",
            "whole.cut(number).left_out", f"{COST}::test_an_adapter_of_init_loftq_shows_its_spectrum_and_is_not_cut"),
+    Mutant("T0", "an option of a stage that is left out does nothing, in silence", "halfbyte/cli/rank.py",
+           " and not {*NEEDED[name]} & {*stages}]", " and not NEEDED[name]]", f"{RANK}::test_refusals"),
     Mutant("T67", "a measured adapter is left cut", "halfbyte/studies/rank_adapter.py", "    place(opened, own)\n    return Costs(",
            "    return Costs(", f"{COST}::test_the_model_is_left_as_it_was"),
 ]  # fmt: skip
