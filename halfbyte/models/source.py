@@ -95,7 +95,7 @@ def _from_hub(name: str, revision: str | None, allow_download: bool, weights: bo
         raise ModelError(
             "a hub id is fetched only when that was asked for", code="E-MODEL-003", place=f"model {name!r}",
             found="no such folder here, and downloads are off",
-            remedy="add --allow-download (halfbyte train: model.allow_download=true), or name a folder",
+            remedy="add --allow-download (train, lr, compare: model.allow_download=true), or name a folder",
         )  # fmt: skip
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
