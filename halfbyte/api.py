@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from halfbyte.adapters import folder as adapter_folder
-from halfbyte.config import LoraConfig, RunConfig, load_config, make
+from halfbyte.config import LoraConfig, RunConfig, TrainConfig, load_config, make
 from halfbyte.errors import ConfigError
 from halfbyte.evaluate.opened import Opened, open_model
 from halfbyte.evaluate.rows import evaluate_rows
@@ -81,7 +81,9 @@ def inject(model: nn.Module, *, seed: int = 0, **settings: Any) -> Injected:
     output layer makes logits only when they are looked at (models/structure.py, models/lazy_logits.py).
     Raises ConfigError for a setting, TargetError for a target that matches nothing.
     """
-    return _made_fast(model, injection.inject(model, make(LoraConfig, settings, "lora"), seed=seed))
+    nothing = "Nothing was injected."
+    config, start = make(LoraConfig, settings, "lora", nothing), make(TrainConfig, {"seed": seed}, "", nothing)
+    return _made_fast(model, injection.inject(model, config, seed=start.seed))
 
 
 def _made_fast(model: nn.Module, injected: Injected) -> Injected:
@@ -147,6 +149,12 @@ def evaluate(model: str | Path | Opened, data: str | Path, *, metrics: Sequence[
     """
     names = ("adapter", "quant", "template", "allow_download", "force_base")
     opening = {name: options.pop(name) for name in names if name in options}
+    late = [name for name, value in opening.items() if value not in (None, False)]
+    if isinstance(model, Opened) and late:
+        raise ConfigError(
+            "how a model is opened is told before it is open", code="E-CONF-099", place=", ".join(late), found="a model that is open",
+            expected="a name, a folder or a run", remedy="give these options to open_model", nothing_done="Nothing was evaluated.",
+        )  # fmt: skip
     opened = model if isinstance(model, Opened) else open_model(model, **opening)
     return evaluate_rows(opened, data, metrics=metrics, **options)
 

@@ -85,3 +85,25 @@ def test_none_is_a_value_of_a_setting(tmp_path: Path, monkeypatch: pytest.Monkey
     assert given[0].optim.clip_norm is None and given[0].out == "runs/run"
     with pytest.raises(halfbyte.HalfbyteError, match="E-CONF-022"):
         train(data="rows.jsonl", **{"lora.rank": None})
+
+
+@pytest.mark.parametrize("seed", ["x", 1.5, None, -1, 2**64])
+def test_inject_refuses_a_seed_that_is_none(seed: Any) -> None:
+    import torch
+
+    with pytest.raises(halfbyte.HalfbyteError) as caught:
+        halfbyte.inject(torch.nn.Sequential(torch.nn.Linear(2, 2)), seed=seed)
+    assert caught.value.place == "seed" and str(caught.value).endswith("Nothing was injected.")
+
+
+def test_a_model_that_is_open_takes_no_options_of_opening(tmp_path: Path) -> None:
+    from halfbyte.evaluate.opened import open_model
+    from tests.models.small_models import write_folder
+
+    write_folder(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n' * 4)
+    opened = open_model(tmp_path / "model")
+    with pytest.raises(halfbyte.HalfbyteError) as caught:
+        halfbyte.evaluate(opened, tmp_path / "rows.jsonl", adapter=tmp_path, quant="nf4")
+    assert caught.value.code == "E-CONF-099" and caught.value.place == "adapter, quant"
+    assert halfbyte.evaluate(opened, tmp_path / "rows.jsonl", adapter=None, force_base=False, max_rows=2)["loss"] > 0

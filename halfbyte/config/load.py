@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from halfbyte.config.base import Settings
 from halfbyte.config.field_problems import field_problems
 from halfbyte.config.inert import INERT_CODE
-from halfbyte.config.problems import Problem, error_of
+from halfbyte.config.problems import NOTHING_DONE, Problem, error_of
 from halfbyte.config.rules import text_of
 from halfbyte.config.run import SHORT_FORMS, RunConfig
 from halfbyte.config.yaml_text import parse, parse_value, read_text
@@ -181,13 +181,13 @@ def without_effect(values: Mapping[str, Any]) -> list[str]:
     return [problem.keys[0] for problem in problems if problem.code == INERT_CODE]
 
 
-def make(kind: type[_Kind], values: Mapping[str, Any], group: str = "") -> _Kind:
+def make(kind: type[_Kind], values: Mapping[str, Any], group: str = "", nothing_done: str = NOTHING_DONE) -> _Kind:
     """One settings class from keyword values, with the same errors: make(LoraConfig, {"rank": 8}, "lora")."""
     problems: list[Problem] = []
     try:
         made = kind.model_validate(dict(values), context={"problems": problems})
     except ValidationError as error:
-        raise error_of(problems + field_problems(error, kind, group)) from None
+        raise error_of(problems + field_problems(error, kind, group), nothing_done=nothing_done) from None
     if problems:
-        raise error_of(problems)
+        raise error_of(problems, nothing_done=nothing_done)
     return made

@@ -50,14 +50,16 @@ def _line_number(place: str) -> int:
     return int(found[1]) if found else 10**9
 
 
-def error_of(problems: Sequence[Problem], places: Mapping[str, str] | None = None) -> ConfigError:
+def error_of(
+    problems: Sequence[Problem], places: Mapping[str, str] | None = None, nothing_done: str = NOTHING_DONE
+) -> ConfigError:  # fmt: skip
     """All problems as one error."""
     places = places or {}
     if len(problems) == 1:
         one = problems[0]
         where = "\n".join(place_of(key, places) for key in one.keys)
         return ConfigError(
-            one.rule, code=one.code, place=where, found=one.found, expected=one.expected, remedy=one.remedy, nothing_done=NOTHING_DONE
+            one.rule, code=one.code, place=where, found=one.found, expected=one.expected, remedy=one.remedy, nothing_done=nothing_done
         )
     problems = sorted(problems, key=lambda problem: _line_number(place_of(problem.keys[0], places)))
     lines = [problem.line(places) for problem in problems[:SHOWN]]
@@ -65,7 +67,7 @@ def error_of(problems: Sequence[Problem], places: Mapping[str, str] | None = Non
         lines.append(f"and {len(problems) - SHOWN} more")
     return ConfigError(
         f"{len(problems)} settings cannot be used", code="E-CONF-001", found="\n".join(lines),
-        remedy="docs/config.md lists every setting with its range", nothing_done=NOTHING_DONE,
+        remedy="docs/config.md lists every setting with its range", nothing_done=nothing_done,
     )
 
 

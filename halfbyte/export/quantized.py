@@ -20,6 +20,7 @@ from halfbyte.config.load import make
 from halfbyte.config.lora import LoraConfig
 from halfbyte.config.model import ModelConfig
 from halfbyte.config.quant import QuantConfig
+from halfbyte.config.train import TrainConfig
 from halfbyte.data.load import load_data, require_task
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.export import folder
@@ -35,6 +36,7 @@ from halfbyte.quant.linear import QuantLinear
 from halfbyte.units import bytes_text, percent_text
 
 FORMATS = ("nf4", "fp4", "int8")
+NOTHING_DONE = "Nothing was written."
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,12 @@ class Rows:
 def calibration(
     path: str | Path | None, *, start_rank: int = 0, calibration_rows: int = 128, seed: int = 0, template: str | None = None
 ) -> Rows | None:
-    """The rows to calibrate on; None without a path.  Raises ConfigError where an option has nothing to act on."""
+    """The rows to calibrate on; None without a path.  Raises ConfigError where an option is wrong or has nothing to act on."""
     rows = Rows(Path(path or ""), start_rank, calibration_rows, seed, template)
     if path is not None:
-        return rows
+        count = make(QuantConfig, {"calibration_rows": calibration_rows}, "quant", NOTHING_DONE).calibration_rows
+        rank = 0 if rows.start_rank == 0 else make(LoraConfig, {"rank": start_rank}, "lora", NOTHING_DONE).rank
+        return Rows(rows.path, rank, count, make(TrainConfig, {"seed": seed}, "", NOTHING_DONE).seed, template)
     if rows != Rows(Path("")):
         raise ConfigError("these options belong to a calibration", code="E-CONF-097", found="no --calibrate",
                           place="--start-rank, --calibration-rows, --seed, --template", expected="--calibrate ROWS",
@@ -109,7 +113,7 @@ def quantize_to_folder(
     if format not in FORMATS:
         raise ConfigError("this storage is not known", code="E-CONF-084", place="--format", found=format, expected=", ".join(FORMATS),
                           nothing_done="Nothing was written.")  # fmt: skip
-    quant = make(QuantConfig, {"format": format, "blocksize": blocksize, "double_quant": double_quant}, "quant")
+    quant = make(QuantConfig, {"format": format, "blocksize": blocksize, "double_quant": double_quant}, "quant", NOTHING_DONE)
     if format == "int8" and (quant.blocksize, quant.double_quant) != (64, True):
         raise ConfigError("int8 has one scale for each row of a weight", code="E-CONF-087", place="--blocksize, --double-quant",
                           found=f"{blocksize}, {str(double_quant).lower()}", remedy="leave them out, or take --format nf4",
@@ -140,7 +144,7 @@ def _calibrate(source: Source, out: Path, quant: QuantConfig, rows: Rows) -> Qua
         raise ConfigError("rows serve the 4-bit formats", code="E-CONF-096", place="--calibrate, --format", found="int8",
                           remedy="take --format nf4, or leave --calibrate out", nothing_done="Nothing was written.")  # fmt: skip
     task = task_of_folder(source)
-    settings = make(DataConfig, {"path": str(rows.path), "eval_rows": 0}, "data")
+    settings = make(DataConfig, {"path": str(rows.path), "eval_rows": 0}, "data", NOTHING_DONE)
     data = load_data(settings, load_tokenizer(source), model_limit=token_limit(source), template=rows.template)
     require_task(data, classify=task == "sequence-classification", place=str(rows.path))
     chosen = choose_rows([row.input_ids for row in data.train], rows.count, rows.seed, str(rows.path))

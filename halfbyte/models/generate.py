@@ -11,6 +11,7 @@ its generation config and the tokenizer's.  The model's own generation config gi
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -169,11 +170,11 @@ def _check_writes(model: nn.Module) -> None:
 
 def _check(max_new_tokens: int, temperature: float, top_p: float, seed: int, batch_size: int, stream: object, count: int) -> None:
     ranges = {
-        "max_new_tokens": (max_new_tokens, max_new_tokens >= 1, "1 or more"),
-        "temperature": (temperature, 0.0 <= temperature < float("inf"), "0 (greedy) or more"),
-        "top_p": (top_p, 0.0 < top_p <= 1.0, "above 0, up to 1"),
-        "seed": (seed, 0 <= seed < 2**63, "at least 0, under 2^63"),
-        "batch_size": (batch_size, batch_size >= 1, "1 or more"),
+        "max_new_tokens": (max_new_tokens, _is(Integral, max_new_tokens) and max_new_tokens >= 1, "a whole number, 1 or more"),
+        "temperature": (temperature, _is(Real, temperature) and 0.0 <= temperature < float("inf"), "0 (greedy) or more"),
+        "top_p": (top_p, _is(Real, top_p) and 0.0 < top_p <= 1.0, "above 0, up to 1"),
+        "seed": (seed, _is(Integral, seed) and 0 <= seed < 2**63, "a whole number, at least 0, under 2^63"),
+        "batch_size": (batch_size, _is(Integral, batch_size) and batch_size >= 1, "a whole number, 1 or more"),
         "stream": (f"{count} prompts", stream is None or count == 1, "one prompt at a time"),
     }
     for name, (found, fine, expected) in ranges.items():
@@ -181,6 +182,11 @@ def _check(max_new_tokens: int, temperature: float, top_p: float, seed: int, bat
             raise ConfigError(
                 "a generation setting must be in its range", code="E-CONF-060", place=name, found=str(found), expected=expected
             )
+
+
+def _is(kind: type, value: object) -> bool:
+    """Whether a setting is such a number; a switch is none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _check_room(model: nn.Module, token_lists: list[list[int]], max_new_tokens: int) -> None:

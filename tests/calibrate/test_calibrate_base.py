@@ -21,6 +21,7 @@ from halfbyte.config import LoraConfig, ModelConfig, QuantConfig
 from halfbyte.errors import ConfigError, DataError, HalfbyteError, ModelError, NumericError, StorageError
 from halfbyte.export import quantized
 from halfbyte.export.folder import size_of
+from halfbyte.export.quantized import Rows, calibration
 from halfbyte.lora.inject import updates
 from halfbyte.models.load import load_model, load_tokenizer
 from halfbyte.models.source import resolve
@@ -234,6 +235,21 @@ def test_what_cannot_be_calibrated_is_refused(folder: Path, tmp_path: Path, opti
         hb.quantize(folder / given.pop("model", "model"), tmp_path / "out", **given)
     assert caught.value.code.startswith(code) and isinstance(caught.value, ConfigError | DataError | ModelError)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("options", "key"), [
+    *(({"seed": seed}, "seed") for seed in ("a", 1.5, None, 2**64, -1)),
+    *(({"calibration_rows": count}, "quant.calibration_rows") for count in (-3, 0, "many", 2.5)),
+    *(({"start_rank": rank}, "lora.rank") for rank in (-1, "four", 1.5, 5000)), ({"blocksize": 5}, "quant.blocksize"),
+])  # fmt: skip
+def test_a_wrong_option_is_refused_before_anything_is_read(folder: Path, tmp_path: Path, options: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        hb.quantize(folder / "model", tmp_path / "out", calibrate=folder / "rows.jsonl", **options)
+    assert caught.value.place == key and caught.value.text().endswith("Nothing was written.") and not (tmp_path / "out").exists()
+
+
+def test_a_number_written_as_a_text_is_that_number() -> None:
+    assert calibration("rows.jsonl", start_rank="4", calibration_rows="8") == Rows(Path("rows.jsonl"), 4, 8)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", [{}, {"calibrate": True}, {"calibrate": True, "start_rank": 4}])

@@ -96,6 +96,10 @@ def test_modes_and_the_global_random_state_are_left_alone(pair: tuple[Any, Any])
         ({"max_new_tokens": 0}, "E-CONF-060"), ({"max_new_tokens": 5, "temperature": -1.0}, "E-CONF-060"),
         ({"max_new_tokens": 5, "temperature": float("nan")}, "E-CONF-060"), ({"max_new_tokens": 5, "top_p": 0.0}, "E-CONF-060"),
         ({"max_new_tokens": 5, "stream": print}, "E-CONF-060"), ({"max_new_tokens": 600}, "E-CONF-062"),
+        ({"max_new_tokens": 2.5}, "E-CONF-060"), ({"max_new_tokens": "5"}, "E-CONF-060"), ({"max_new_tokens": True}, "E-CONF-060"),
+        ({"max_new_tokens": 5, "seed": 1.5}, "E-CONF-060"), ({"max_new_tokens": 5, "seed": "a"}, "E-CONF-060"),
+        ({"max_new_tokens": 5, "temperature": "1"}, "E-CONF-060"), ({"max_new_tokens": 5, "top_p": None}, "E-CONF-060"),
+        ({"max_new_tokens": 5, "batch_size": 1.5}, "E-CONF-060"),
     ],
 )
 def test_settings_out_of_range_are_refused(pair: tuple[Any, Any], settings: dict[str, Any], code: str) -> None:
