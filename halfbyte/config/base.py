@@ -14,7 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field
 from pydantic_core import PydanticCustomError
 
 Switch = Annotated[bool, Strict()]
-Rank = Annotated[int, Field(ge=1, le=4096)]
+RANK_LIMIT, ALPHA_LIMIT = 4096, 1e6
+"""The largest rank and alpha of an adapter: what is set, what is written to its folder, and what is read from one."""
+
+Rank = Annotated[int, Field(ge=1, le=RANK_LIMIT)]
+Alpha = Annotated[float, Field(gt=0, le=ALPHA_LIMIT)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from halfbyte.config.base import Positive, Rank, Settings, Switch
+from halfbyte.config.base import Alpha, Rank, Settings, Switch
 from halfbyte.config.problems import report
 from halfbyte.config.rules import lora_problems
 
@@ -14,7 +14,7 @@ class LoraConfig(Settings):
 
     rank: Rank = 16
     """Inner size of the update."""
-    alpha: Positive = 32
+    alpha: Alpha = 32
     """Numerator of the scaling alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's input that is zeroed while training."""
@@ -32,7 +32,7 @@ class LoraConfig(Settings):
     """Rounds of quantizing and factoring the rest, for init loftq."""
     ranks: dict[str, Rank] = Field(default_factory=dict)
     """Pattern of module names -> rank, where it differs from `rank`."""
-    alphas: dict[str, Positive] = Field(default_factory=dict)
+    alphas: dict[str, Alpha] = Field(default_factory=dict)
     """Pattern of module names -> alpha, where it differs from `alpha`."""
     lora_bias: Switch = False
     """Give the update a bias of its own."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.config.base import ALPHA_LIMIT, RANK_LIMIT
 from halfbyte.config.problems import Problem
 
 if TYPE_CHECKING:
@@ -37,6 +38,14 @@ LORA_CLASHES: Sequence[Clash] = (
           lambda lora: len(set(lora.layers)) != len(lora.layers), "name each layer once"),
     Clash("E-CONF-133", "the list of targets is empty", ("lora.targets",),
           lambda lora: not lora.targets, "name at least one layer, or take lora.targets=all-linear"),
+    Clash("E-CONF-134", f"init pissa is saved with its start taken off, at twice the rank, and an adapter's rank is at most {RANK_LIMIT}",
+          ("lora.init", "lora.rank", "lora.ranks"),
+          lambda lora: lora.init == "pissa" and 2 * max([lora.rank, *lora.ranks.values()]) > RANK_LIMIT,
+          f"set lora.init=default, or a rank of at most {RANK_LIMIT // 2}"),
+    Clash("E-CONF-135", f"init pissa is saved at twice the rank and the same scaling, and an adapter's alpha is at most {ALPHA_LIMIT:,.0f}",
+          ("lora.init", "lora.alpha", "lora.alphas"),
+          lambda lora: lora.init == "pissa" and 2 * max([lora.alpha, *lora.alphas.values()]) > ALPHA_LIMIT,
+          f"set lora.init=default, or an alpha of at most {ALPHA_LIMIT / 2:,.0f}"),
 )  # fmt: skip
 
 RUN_CLASHES: Sequence[Clash] = (

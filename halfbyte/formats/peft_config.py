@@ -12,14 +12,14 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from halfbyte.config.base import ALPHA_LIMIT, RANK_LIMIT
 from halfbyte.config.lora import LoraConfig
 from halfbyte.errors import AdapterError, nearest
 
 CONFIG_NAME = "adapter_config.json"
 SIZE_LIMIT = 4_000_000
-RANK_LIMIT = 4096
 PEFT_VERSION = "0.21.2"
 TASKS = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 DEFAULTS: dict[str, Any] = {
@@ -53,7 +53,7 @@ def whole_number(value: object, least: int, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def number(value: object, least: float, most: float) -> bool:
+def number(value: object, least: float, most: float) -> TypeGuard[float]:
     """A finite number that is no switch, above `least` and at most `most`."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and least < value <= most
 
@@ -120,10 +120,12 @@ CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "lora_bias": (is_switch, "true or false"),
     "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
     "r": (lambda value: whole_number(value, 1, RANK_LIMIT), f"a whole number from 1 to {RANK_LIMIT}"),
-    "lora_alpha": (lambda value: number(value, 0, 1e6), "a number above 0, at most 1e6"),
-    "lora_dropout": (lambda value: number(value, -1e-9, 0.999), "a number from 0 to below 1"),
+    "lora_alpha": (lambda value: number(value, 0, ALPHA_LIMIT), f"a number above 0, at most {ALPHA_LIMIT:,.0f}"),
+    "lora_dropout": (lambda value: number(value, -1, 1) and 0 <= value < 1, "a number from 0 to below 1"),
     "rank_pattern": (table_of(lambda value: whole_number(value, 1, RANK_LIMIT)), f"names or plain patterns -> 1 to {RANK_LIMIT}"),
-    "alpha_pattern": (table_of(lambda value: number(value, 0, 1e6)), "names or plain patterns -> a number above 0, at most 1e6"),
+    "alpha_pattern": (
+        table_of(lambda value: number(value, 0, ALPHA_LIMIT)), f"names or plain patterns -> a number above 0, at most {ALPHA_LIMIT:,.0f}",
+    ),
     "target_modules": (lambda value: text_like(value) or names_like(value), "names or a pattern"),
     "exclude_modules": (lambda value: text_like(value) or names_like(value), "names or a pattern"),
     "target_parameters": (names_like, "names"),

@@ -82,6 +82,15 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert (adapter.base_digest, adapter.base_name, adapter.task) == ("sha256:abc", "b", "causal-lm")
 
 
+@pytest.mark.parametrize("config", [
+    LoraConfig(rank=2, alpha=1e6, dropout=0.9995, alphas={Q: 1e-3}), LoraConfig(rank=2, alpha=1e6, rslora=True, dropout=1 - 1e-9),
+])  # fmt: skip
+def test_what_a_setting_may_be_an_adapter_may_be(config: LoraConfig, tmp_path: Path) -> None:
+    """The bounds stand once: what training accepts at its start is saved at its end."""
+    read = peft.read(write(tmp_path / "adapter", config)).config
+    assert (read.alpha, read.dropout, read.alphas) == (config.alpha, config.dropout, config.alphas)
+
+
 def broken_bin(folder: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
 
@@ -131,6 +140,8 @@ BROKEN: dict[str, tuple[Any, str, str]] = {
     "alpha huge": (config_with(lora_alpha=1e300), "E-ADAPT-037", "1e+300"),
     "pattern rank too large": (config_with(rank_pattern={"q_proj": 10**6}), "E-ADAPT-037", "rank_pattern"),
     "pattern that explodes": (config_with(alpha_pattern={"(a+)+$": 4}), "E-ADAPT-037", "(a+)+$"),
+    "dropout below zero": (config_with(lora_dropout=-1e-10), "E-ADAPT-037", "lora_dropout"),
+    "dropout is a switch": (config_with(lora_dropout=False), "E-ADAPT-037", "lora_dropout"),
     "dropout of one": (config_with(lora_dropout=1.0), "E-ADAPT-037", "lora_dropout"),
     "bias of another kind": (config_with(bias="boft_only"), "E-ADAPT-037", "boft_only"),
     "task of another kind": (config_with(task_type="SEQ_2_SEQ_LM"), "E-ADAPT-037", "SEQ_2_SEQ_LM"),

@@ -38,4 +38,7 @@ MUTANTS = [
            find="lambda run: run.train.max_steps is not None", replace="lambda run: False", test=f"{_GOLDEN}[length_twice]"),
     Mutant(trap="T45", name="an optimizer step of a broken number of micro-batches is accepted", file="halfbyte/config/rules.py",
            find="run.train.global_batch_size % run.train.micro_batch_size != 0", replace="False", test=f"{_GOLDEN}[batches_do_not_divide]"),
+    Mutant(trap="T44", name="a rank that cannot be saved after init pissa is accepted", file="halfbyte/config/rules.py",
+           find="2 * max([lora.rank, *lora.ranks.values()]) > RANK_LIMIT", replace="False",
+           test=f"{_GOLDEN}[rank_that_pissa_cannot_double]"),
 ]  # fmt: skip

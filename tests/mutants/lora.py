@@ -123,4 +123,6 @@ MUTANTS = [
     Mutant("T34", "the gradient of the gain of a row without length is 0 / 0", "halfbyte/lora/variants.py",
            "magnitude_O / torch.where(there, norm_O, 1), 1)",
            "magnitude_O / norm_O, 1)", f"{MERGE}::test_dora_has_gain_1_where_the_weight_has_no_length"),
+    Mutant("T65", "a dropout that trains cannot be saved", "halfbyte/formats/peft_config.py", "number(value, -1, 1) and 0 <= value < 1",
+           "0 <= value < 0.999", f"{FOLDER}::test_what_a_setting_may_be_an_adapter_may_be"),
 ]  # fmt: skip
