@@ -16,6 +16,7 @@ Source: https://huggingface.co/docs/peft/developer_guides/checkpoint
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -110,7 +111,8 @@ def _verify(staging: Path, tensors: Mapping[str, Tensor], allow_untrained: bool)
 def _staged(folder: Path) -> Iterator[Path]:
     """A folder to fill; its files move into `folder` when the block ends well, the config last, and vanish when it does not."""
     fresh = not folder.exists()
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}.part") if fresh else folder / f".adapter.{os.getpid()}.part"
+    own = f"{os.getpid()}.{secrets.token_hex(4)}.part"  # a killed process leaves its staging, and process numbers come again
+    staging = folder.with_name(f".{folder.name}.{own}") if fresh else folder / f".adapter.{own}"
     try:
         staging.mkdir(parents=True)
         yield staging

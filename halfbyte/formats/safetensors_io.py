@@ -12,6 +12,7 @@ Source: https://github.com/huggingface/safetensors#format
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -230,7 +231,7 @@ def _same_tree(root: Path, target: Path) -> bool:
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write one file; after a crash at any moment `path` is the old file or the new one.  Raises StorageError."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
+    staged = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
         _write(staged, {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
         os.replace(staged, path)
@@ -266,7 +267,7 @@ def save_sharded(
     groups = _groups(tensors, max_shard_bytes)
     single = len(groups) == 1
     names = [SINGLE] if single else [f"model-{n + 1:05d}-of-{len(groups):05d}.safetensors" for n in range(len(groups))]
-    staging = folder / f".staging-{os.getpid()}"
+    staging = folder / f".staging-{os.getpid()}-{secrets.token_hex(4)}"
     total = 0
     try:
         folder.mkdir(parents=True, exist_ok=True)

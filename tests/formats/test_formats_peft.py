@@ -295,6 +295,16 @@ def test_a_crash_while_saving_leaves_the_old_or_a_refused_folder(
     assert (tmp_path / "beside.txt").read_text() == "kept"
 
 
+def test_what_a_killed_save_left_does_not_stop_the_next(tmp_path: Path) -> None:
+    """In a container the process has the same number again."""
+    (tmp_path / f".adapter.{os.getpid()}.part").mkdir()
+    (tmp_path / "adapter" / f".adapter.{os.getpid()}.part").mkdir(parents=True)
+    write(tmp_path / "adapter")
+    (tmp_path / "adapter").rename(tmp_path / "moved")
+    write(tmp_path / "adapter")
+    assert peft.read(tmp_path / "adapter").config == peft.read(tmp_path / "moved").config
+
+
 def test_files_of_others_in_the_folder_stay(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()

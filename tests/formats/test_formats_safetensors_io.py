@@ -186,6 +186,15 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
         pass
 
 
+def test_what_a_killed_save_left_does_not_stop_the_next(tmp_path: Path) -> None:
+    """In a container the process has the same number again."""
+    (tmp_path / f".staging-{os.getpid()}").mkdir()
+    (tmp_path / f".one.safetensors.{os.getpid()}.part").mkdir()
+    io.save_sharded(tmp_path, {"a": torch.ones(2)})
+    io.save(tmp_path / "one.safetensors", {"a": torch.ones(3)})
+    assert len(load_file(tmp_path / "one.safetensors")["a"]) == 3
+
+
 @pytest.mark.parametrize("point", ("save_file", "replace"))
 def test_a_failing_disk_leaves_the_old_files(point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     io.save_sharded(tmp_path, {"a": torch.zeros(100), "b": torch.zeros(100)}, 500)
