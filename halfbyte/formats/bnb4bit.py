@@ -74,9 +74,9 @@ def from_named_tensors(name: str, tensors: Mapping[str, Tensor], dtype: torch.dt
     absmax = _part(name, tensors, "absmax", torch.uint8 if about.nested else torch.float32, (blocks,))
     codebook = _part(name, tensors, "quant_map", torch.float32, (16,))
     if about.nested:
-        absmax2 = _part(name, tensors, "nested_absmax", torch.float32, (-(-blocks // about.nested_blocksize),))
+        absmax2 = _part(name, tensors, "nested_absmax", torch.float32, (-(-blocks // NESTED_BLOCKSIZE),))
         levels = _part(name, tensors, "nested_quant_map", torch.float32, (256,))
-        nested = Nested(absmax2, levels, torch.tensor(about.offset, dtype=torch.float32, device=packed.device), about.nested_blocksize)
+        nested = Nested(absmax2, levels, torch.tensor(about.offset, dtype=torch.float32, device=packed.device))
     return packed, QuantState(about.format, codebook, absmax, about.blocksize, about.shape, about.dtype, nested)
 
 
@@ -94,7 +94,6 @@ class _About:
     dtype: torch.dtype
     shape: tuple[int, ...]
     nested: bool
-    nested_blocksize: int = NESTED_BLOCKSIZE
     offset: float = 0.0
 
 
@@ -115,7 +114,7 @@ def _about(name: str, tensors: Mapping[str, Tensor]) -> _About:
         raise _fault(keys[0], "E-WEIGHT-014", "a quantization state names format, block size, dtype and shape", problem)
     return _About(
         value["quant_type"], value["blocksize"], DTYPES[value["dtype"]], tuple(value["shape"]), nested,
-        value.get("nested_blocksize", NESTED_BLOCKSIZE), value.get("nested_offset", 0.0),
+        value.get("nested_offset", 0.0),
     )  # fmt: skip
 
 
@@ -124,12 +123,13 @@ def _problem(value: object, format: str, nested: bool) -> str:
     if not isinstance(value, dict):
         return f"{type(value).__name__} instead of an object"
     sizes = value.get("shape")
-    blocksizes = [value.get("blocksize"), *([value.get("nested_blocksize")] if nested else [])]
+    blocksize = value.get("blocksize")
     checks = {
         "quant_type": value.get("quant_type") == format,
         "dtype": value.get("dtype") in DTYPES,
         "shape": isinstance(sizes, list) and 1 <= len(sizes) <= 4 and all(type(size) is int and 0 < size < 2**31 for size in sizes),
-        "blocksize": all(type(size) is int and 2 <= size <= 1 << 16 and size % 2 == 0 for size in blocksizes),
+        "blocksize": type(blocksize) is int and 2 <= blocksize <= 1 << 16 and blocksize % 2 == 0,
+        "nested_blocksize": not nested or value.get("nested_blocksize") == NESTED_BLOCKSIZE,  # the only one that the kernels know
         "nested_dtype": not nested or value.get("nested_dtype") == "float32",
         "nested_offset": not nested or (isinstance(value.get("nested_offset"), float) and math.isfinite(value["nested_offset"])),
     }

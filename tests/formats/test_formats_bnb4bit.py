@@ -136,7 +136,8 @@ def test_what_is_missing_or_wrong_is_named() -> None:
         (changed(quant_type="fp4"), "quant_type"), (changed(blocksize=0), "blocksize"), (changed(blocksize=True), "blocksize"),
         (changed(dtype="complex64"), "dtype"), (changed(shape=[48, -128]), "shape"), (changed(shape=[2**40, 2]), "shape"),
         (changed(shape=[96, 128]), "packed bytes"), (changed(nested_offset="x"), "nested_offset"), (changed(shape="48"), "shape"),
-        (changed(nested_blocksize=7), "blocksize"), (changed(nested_dtype="float16"), "nested_dtype"),
+        (changed(nested_blocksize=7), "nested_blocksize"), (changed(nested_blocksize=512), "nested_blocksize"),
+        (changed(nested_blocksize=None), "nested_blocksize"), (changed(nested_dtype="float16"), "nested_dtype"),
     ]  # fmt: skip
     for broken, said in bad:
         with pytest.raises(WeightError) as caught:
