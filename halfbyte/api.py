@@ -28,6 +28,7 @@ from halfbyte.lora import inject as injection
 from halfbyte.lora.inject import Injected
 from halfbyte.models import trainer_callback
 from halfbyte.models.lazy_logits import make_lazy
+from halfbyte.models.source import loaded_weights
 from halfbyte.models.structure import fuse
 from halfbyte.train.from_config import train_from_config
 from halfbyte.train.metrics import read as read_metrics
@@ -93,8 +94,11 @@ def _made_fast(model: nn.Module, injected: Injected) -> Injected:
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, base: str | None = None) -> Path:
-    """Write the adapter of a model in PEFT's format; `base` is the name of the base that is noted in it."""
-    return adapter_folder.save_adapter(model, folder, base_name=base)
+    """Write the adapter of a model in PEFT's format; `base` is the name of the base that is noted in it.
+
+    The weights of the folder that the model was loaded from are noted too, so that the adapter is not put on others unseen.
+    """
+    return adapter_folder.save_adapter(model, folder, base_name=base, base_digest=loaded_weights(model))
 
 
 def SaveAdapter(folder: str | Path) -> "TrainerCallback":
@@ -105,9 +109,12 @@ def SaveAdapter(folder: str | Path) -> "TrainerCallback":
 def load_adapter(model: nn.Module, folder: str | Path, *, force_base: bool = False) -> Injected:
     """Put the adapter of a PEFT folder into a model that has none.  Raises AdapterError where they do not fit; nothing is changed then.
 
-    An adapter that began with init loftq wants the dense model and quantizes it as then; force_base takes one that is packed.
+    force_base takes a model of other weights than the adapter was trained on.  An adapter that began with init loftq wants the dense model
+    and quantizes it as then; force_base takes one that is packed.
     """
-    return _made_fast(model, adapter_folder.load_adapter(model, folder, allow_other_base=force_base))
+    return _made_fast(
+        model, adapter_folder.load_adapter(model, folder, base_digest=loaded_weights(model), allow_other_base=force_base)
+    )
 
 
 def train(

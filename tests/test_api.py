@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,3 +108,40 @@ def test_a_model_that_is_open_takes_no_options_of_opening(tmp_path: Path) -> Non
         halfbyte.evaluate(opened, tmp_path / "rows.jsonl", adapter=tmp_path, quant="nf4")
     assert caught.value.code == "E-CONF-099" and caught.value.place == "adapter, quant"
     assert halfbyte.evaluate(opened, tmp_path / "rows.jsonl", adapter=None, force_base=False, max_rows=2)["loss"] > 0
+
+
+def test_an_adapter_belongs_to_the_weights_it_was_trained_on(tmp_path: Path) -> None:
+    """The weights of the folder a model came from are noted and compared, whether halfbyte or transformers loaded it."""
+    import json
+
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    from tests.models.small_models import write_folder
+
+    source, other = write_folder(tmp_path / "a"), write_folder(tmp_path / "b")
+    held = load_file(other.folder / "model.safetensors")
+    held["model.norm.weight"] += 0.25
+    save_file(held, other.folder / "model.safetensors", metadata={"format": "pt"})
+    ours, theirs = halfbyte.load(source.folder)[0], AutoModelForCausalLM.from_pretrained(source.folder)
+    for name, model in (("ours", ours), ("theirs", theirs)):
+        halfbyte.inject(model, rank=2)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.constant_(parameter, 0.5)
+        if name == "ours":
+            halfbyte.save_adapter(model, tmp_path / name)
+        else:
+            state: Any = SimpleNamespace(is_world_process_zero=True)
+            nothing: Any = None
+            halfbyte.SaveAdapter(tmp_path / name).on_train_end(nothing, state, nothing, model=model)
+        assert json.loads((tmp_path / name / "halfbyte.json").read_text())["base_digest"] == source.weights != other.weights
+        wrong = AutoModelForCausalLM.from_pretrained(other.folder)
+        with pytest.raises(halfbyte.HalfbyteError) as caught:
+            halfbyte.load_adapter(wrong, tmp_path / name)
+        assert caught.value.code == "E-ADAPT-060" and "force_base=True" in str(caught.value)
+        assert halfbyte.load_adapter(wrong, tmp_path / name, force_base=True).names
+        assert halfbyte.load_adapter(halfbyte.load(source.folder)[0], tmp_path / name).names
+    built = type(theirs)(type(theirs.config)(**{**theirs.config.to_dict(), "name_or_path": ""}))
+    assert halfbyte.load_adapter(built, tmp_path / "theirs").names  # a model from no folder: its weights are not known

