@@ -48,7 +48,7 @@ KEPT = (
     "first_eval_loss", "last_eval_loss", "final_eval_loss", "adapter_bytes", "model_bytes", "micro_batch_size", "activations",
     "train_rows", "eval_rows",
 )  # fmt: skip
-NEEDED = ("steps", "seconds", "peak_memory_bytes", "weight_bytes", "trainable_params", "trainable_share", "last_eval_loss", "rate",
+NEEDED = ("steps", "seconds", "peak_memory_bytes", "weight_bytes", "trainable_params", "trainable_share", "last_eval_loss", "rate", "jobs",
           "threads", "curve")  # fmt: skip
 """What a table is made of, of every run that finished."""
 PARTS = ("rows", "bases", "sweep", "points", "runs", "judged")

@@ -16,7 +16,7 @@ def run(losses: list[float], **changes: Any) -> dict[str, Any]:
         "status": "finished", "steps": 10 * (len(losses) - 1), "total_steps": 20, "tokens": 1000, "seconds": 75.0,
         "tokens_per_second": 512.0, "peak_memory_bytes": 3 * 2**29, "weight_bytes": 2**28, "trainable_params": 1_000_000,
         "total_params": 100_000_000, "trainable_share": 0.01, "first_eval_loss": losses[0], "last_eval_loss": losses[-1], "rate": 5e-4,
-        "threads": 2, "max_tokens": 256, "micro_batch_size": 8, "adapter_bytes": 4_000_000,
+        "threads": 2, "jobs": 1, "max_tokens": 256, "micro_batch_size": 8, "adapter_bytes": 4_000_000,
         "curve": [[10 * number, loss] for number, loss in enumerate(losses)], "machine": {"cpu": "a processor", "cores": 2},
     }  # fmt: skip
     return {**values, **changes}

@@ -146,7 +146,7 @@ def test_a_short_sweep_counts_the_rows_that_its_steps_saw(tmp_path: Path) -> Non
         (tmp_path / "out" / "points").mkdir(parents=True, exist_ok=True)
         runs.write_json(tmp_path / "out" / "points" / f"{name}.json", {"status": "finished", **kept})
     at = runs.Folder(tmp_path / "out", 0, lambda text: None)
-    found = learning_rate.find(at, "points", config, rows=tmp_path / "a", count=24, held_out=tmp_path / "b")
+    found = learning_rate.find(at, "points", config, rows=tmp_path / "a", count=24, held_out=tmp_path / "b", planned_rows=24)
     assert (found.steps, found.rows, found.rate, found.edge) == (1, 8, 1e-3, "")
 
 
