@@ -62,6 +62,7 @@ def compare(
     from halfbyte.cli.terminal import progress, say
     from halfbyte.errors import ConfigError
     from halfbyte.evaluate.generation import require_known
+    from halfbyte.evaluate.rows import ANSWER_TOKENS
     from halfbyte.studies import comparison, comparison_files
     from halfbyte.studies.arms import METHODS, arms_of
     from halfbyte.studies.compare import Score, Study, absolute, run
@@ -71,7 +72,7 @@ def compare(
         raise ConfigError("these options belong to a task score", code="E-CONF-417", place=" and ".join(scoring), found="no --score-rows",
                           expected="--score-rows N with it", remedy=f"say how many rows are answered, or leave {' and '.join(scoring)} out",
                           nothing_done="Nothing was trained.")  # fmt: skip
-    metric, longest = "rougeL" if score is None else score, 128 if max_new_tokens is None else max_new_tokens
+    metric, longest = "rougeL" if score is None else score, ANSWER_TOKENS if max_new_tokens is None else max_new_tokens
     require_known((metric,), "--score")
     path, overrides = split_settings(settings or [])
     flags = {name: value for name, value in (("model", model), ("data", data)) if value is not None}

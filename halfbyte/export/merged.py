@@ -25,7 +25,6 @@ from halfbyte.lora.merge import merge
 from halfbyte.models.cast import cast
 from halfbyte.models.packed_folder import storage_of
 from halfbyte.models.save import save_dense
-from halfbyte.models.source import Source
 from halfbyte.quant.dense import dense_weight, with_weight
 from halfbyte.quant.dense_experts import with_expert_weights
 from halfbyte.quant.experts import QuantExperts
@@ -121,9 +120,15 @@ def merge_to_folder(
             remedy="use the adapter unmerged",
             nothing_done="Nothing was merged.",
         )
-    storage = _storage_of(opened)
-    if onto == "original":
-        _require_unpacked(opened.source, run)
+    packed = storage_of(opened.source.folder)
+    if packed is not None and onto == "original":
+        raise AdapterError(
+            "the original weights must be at hand", code="E-ADAPT-085", place=str(run),
+            found=f"--onto original with the base {opened.source.name}, a folder that is already in {packed.format}",
+            expected="--onto trained, or the model's 16-bit folder", nothing_done="Nothing was merged.",
+            remedy="leave --onto out, or name the 16-bit folder with --model",
+        )  # fmt: skip
+    storage = packed.format if packed is not None else _packed_to(opened)
     unmerged = probe.logits_of(opened.model, opened.tokenizer)
     if onto == "original" and storage != "none":
         opened = open_model(run, quant="none", **opening)
@@ -150,27 +155,12 @@ def _require_own_base(run: str | Path) -> None:
         )  # fmt: skip
 
 
-def _storage_of(opened: Opened) -> str:
-    """How the base under the adapter is stored: as the folder has it, else as the run or the adapter's own start packed it."""
-    packed = storage_of(opened.source.folder)
-    if packed is not None:
-        return packed.format
+def _packed_to(opened: Opened) -> str:
+    """How the run, or the adapter's own start, packed a base that is dense on disk."""
     if opened.located.config is not None:
         return opened.located.config.quant_format
     begun = peft.read(opened.located.adapter).loftq if opened.located.adapter is not None else None
     return begun.format if begun is not None else "none"
-
-
-def _require_unpacked(base: Source, run: str | Path) -> None:
-    """Raise AdapterError where the base's folder holds packed weights only: what they were before is not in it."""
-    packed = storage_of(base.folder)
-    if packed is not None:
-        raise AdapterError(
-            "the original weights must be at hand", code="E-ADAPT-085", place=str(run),
-            found=f"--onto original with the base {base.name}, a folder that is already in {packed.format}",
-            expected="--onto trained, or the model's 16-bit folder", nothing_done="Nothing was merged.",
-            remedy="leave --onto out, or name the 16-bit folder with --model",
-        )  # fmt: skip
 
 
 def _new_bias(layer: LoraLinear) -> bool:
