@@ -15,7 +15,7 @@ from halfbyte.plan.activations import own_layers
 from halfbyte.plan.four_bits import advice
 from halfbyte.plan.hardware import PROCESSOR, Hardware, known_as
 from halfbyte.plan.rates import PEAKS, Rates, nearest_rates, read_all, widths_of
-from halfbyte.plan.search import FITS, GLOBAL_BATCH_SIZE, NOT, TIGHT, Change, Option, best_of_each, first_change, options, order
+from halfbyte.plan.search import FITS, GLOBAL_BATCH_SIZE, NOT, TIGHT, Change, Option, best_of_each, first_change, least, options, order
 from halfbyte.plan.setting import METHODS, Setting, trained_params
 from halfbyte.plan.speed import Rows, seconds_of_step, work_of
 from halfbyte.shape import ModelShape
@@ -39,10 +39,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """found: method -> best setting; ranking: (method, why) best first; changes: for methods that do not fit; listed: all that fit."""
+    """found: method -> best setting; least: method -> the one that needs the least memory; ranking: (method, why) best first; changes: for
+    methods that do not fit; listed: all that fit."""
 
     question: Question
     found: dict[str, Option]
+    least: dict[str, Option]
     ranking: tuple[tuple[str, str], ...]
     changes: dict[str, Change | None]
     listed: tuple[Option, ...]
@@ -102,7 +104,8 @@ def answer(question: Question) -> Answer:
     rates = nearest_rates(shape, question.base.dtype, read_all()) if hardware.name == PROCESSOR else None
     cost = advice(shape, question.base.format) or "its few bits cost a little held-out loss"
     reasons = tuple((method, f"{why}; {cost}" if method == "qlora" else why) for method, why in ranking)
-    return Answer(question, found, reasons, changes, tuple(listed), rates)
+    smallest = {method: least(every) for method, every in tried.items()}
+    return Answer(question, found, smallest, reasons, changes, tuple(listed), rates)
 
 
 def kept_rows(question: Question) -> Rows | None:
@@ -188,4 +191,5 @@ def _option(given: Answer, one: Option) -> dict[str, Any]:
         "first_change": None if change is None else {
             "change": change.text, "saves_bytes": change.saved, "then": change.option.verdict, "then_bytes": change.option.needed},
         "fits": one.verdict == FITS,
+        "least": {**_settings(given.least[method]), "host_bytes": given.least[method].memory.host},
     }  # fmt: skip

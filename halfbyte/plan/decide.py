@@ -19,7 +19,7 @@ from halfbyte.plan.activations import POLICIES, own_layers
 from halfbyte.plan.four_bits import advice
 from halfbyte.plan.hardware import Hardware
 from halfbyte.plan.rates import Rates
-from halfbyte.plan.search import BATCH_TOKENS, NOT, TIGHT, Option, best_of_each, divisors, first_change, needed_text, options, roomy
+from halfbyte.plan.search import BATCH_TOKENS, NOT, TIGHT, Option, best_of_each, divisors, first_change, least, needed_text, options, roomy
 from halfbyte.plan.setting import Setting
 from halfbyte.plan.speed import Rows, seconds_of_step, work_of
 from halfbyte.shape import ModelShape
@@ -177,8 +177,7 @@ def _why_method(room: Option | None, lora: Sequence[Option], place: Hardware) ->
     there = bytes_text(place.memory_bytes)
     if room is not None:
         return f"it needs {bytes_text(room.memory.total)} of {there} (estimate), a fifth or more is left, and nothing is lost to 4 bits"
-    least = min([one for one in lora if one.short != "host"] or lora, key=lambda one: one.memory.total)
-    return f"lora would need {bytes_text(least.memory.total)} of {there} at the least (estimate), which does not leave a fifth"
+    return f"lora would need {bytes_text(least(lora).memory.total)} of {there} at the least (estimate), which does not leave a fifth"
 
 
 def _why_length(tokens: int, rows: RowsSeen) -> str:

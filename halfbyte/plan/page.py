@@ -10,7 +10,7 @@ from halfbyte.pages import comparison, plan_plots
 from halfbyte.pages.page import Picture, Table
 from halfbyte.plan.answer import Answer, found_with_change, seconds_per_step, steps_per_epoch, time_source
 from halfbyte.plan.search import NOT, needed_text
-from halfbyte.plan.text import ROWS, about, change_text, duration_text, how, table_rows
+from halfbyte.plan.text import ROWS, about, change_text, duration_text, how, least_text, table_rows
 from halfbyte.units import bytes_text, gib
 
 PUBLISHED = Table(
@@ -36,7 +36,8 @@ def write(path: Path, given: Answer) -> Path:
     head, *rows = table_rows(given)
     tables = [
         Table("All methods side by side", head, [row for row in rows if any(row)],
-              "Memory in GiB at the peak of a step, predicted term by term from shapes and types: estimates (docs/memory.md)."),
+              "Memory in GiB at the peak of a step, predicted term by term from shapes and types: estimates (docs/memory.md);"
+              f" {least_text(given)}."),
     ]  # fmt: skip
     if given.ranking:
         tables.append(_fitting(given))

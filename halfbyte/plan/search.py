@@ -137,6 +137,11 @@ def best(tried: Sequence[Option]) -> Option:
     return first or min([one for one in tried if one.verdict == TIGHT] or tried, key=lambda one: one.memory.total)
 
 
+def least(tried: Sequence[Option]) -> Option:
+    """The one that needs the least memory; one the host has no room for only where there is no other."""
+    return min([one for one in tried if one.short != "host"] or tried, key=lambda one: one.memory.total)
+
+
 def roomy(tried: Sequence[Option], hardware: Hardware) -> Option | None:
     """The first that fits and leaves HEADROOM; None where none does."""
     return next((one for one in tried if one.verdict == FITS and one.headroom(hardware) >= HEADROOM), None)

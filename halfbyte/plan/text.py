@@ -63,7 +63,18 @@ def about(given: Answer) -> list[tuple[str, str]]:
 def _table(given: Answer) -> str:
     lines = table_rows(given)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]).rstrip() for line in lines)
+    table = ["  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]).rstrip() for line in lines]
+    return "\n".join([*table, "", least_text(given)])
+
+
+def least_text(given: Answer) -> str:
+    """What the columns are and with which settings the least is reached; methods that reach it alike are named together."""
+    alike: dict[str, list[str]] = {}
+    for method, one in given.least.items():
+        beside = " (the rest in host memory)" if one.memory.host else ""
+        alike.setdefault(_settings(one) + beside, []).append(method)
+    each = "; ".join(text if len(alike) == 1 else f"{', '.join(methods)} {text}" for text, methods in alike.items())
+    return f"each column is the setting to choose; the least for the same rows and rank (estimate): {each}"
 
 
 def table_rows(given: Answer) -> list[list[str]]:
@@ -75,6 +86,7 @@ def table_rows(given: Answer) -> list[list[str]]:
         if any(cell != "-" for cell in cells):
             lines.append([name, *cells])
     lines.append(["at the peak", *(f"{gib(one.memory.total):.2f}" for _, one in found)])
+    lines.append(["the least it needs", *(f"{gib(given.least[method].memory.total):.2f}" for method, _ in found)])
     if any(one.memory.host for _, one in found):
         lines.append(["host memory beside it", *(f"{gib(one.memory.host):.2f}" for _, one in found)])
     lines.append(["", *("" for _ in found)])
@@ -95,10 +107,14 @@ def _cell(one: Option, name: str) -> str:
 
 
 def how(one: Option) -> str:
-    """Policy, state and rows at once of a setting in words."""
+    """Policy, state and rows at once of a setting in words, with what the policy costs."""
+    return _settings(one, f" ({POLICIES[one.setting.policy].cost})")
+
+
+def _settings(one: Option, cost: str = "") -> str:
     state = "" if one.setting.state == "float32" else f", optim.state={one.setting.state}" + (", paged" if one.setting.paged else "")
     size = one.setting.micro_batch_size
-    return f"policy {one.setting.policy} ({POLICIES[one.setting.policy].cost}){state}, {size} {'row' if size == 1 else 'rows'} at once"
+    return f"policy {one.setting.policy}{cost}{state}, {size} {'row' if size == 1 else 'rows'} at once"
 
 
 def _fitting(given: Answer) -> str:

@@ -83,4 +83,7 @@ MUTANTS = [
     Mutant("T0", "the plan forgets the holes of the heap", "halfbyte/plan/activations.py",
            "return ceil(shape.layers * setting.batch_tokens * largest)", "return ceil(setting.batch_tokens * largest)",
            "tests/plan/test_plan_memory.py::test_holes_of_the_heap_are_one_block_a_layer_on_a_processor_only"),
+    Mutant("T0", "the least a method needs is the largest", "halfbyte/plan/search.py",
+           'return min([one for one in tried if one.short != "host"]', 'return max([one for one in tried if one.short != "host"]',
+           "tests/plan/test_plan_cli.py::test_the_least_a_method_needs_stands_beside_what_is_chosen"),
 ]  # fmt: skip

@@ -54,6 +54,30 @@ def test_the_table_adds_up(config: Path) -> None:
     assert column > 0 and sum(numbers) == pytest.approx(total, abs=0.005 * len(numbers))
 
 
+def test_the_least_a_method_needs_stands_beside_what_is_chosen(config: Path, tmp_path: Path) -> None:
+    """As chosen, qlora needs about what lora does, for what is left over goes to rows at once; at the least it is the base that counts."""
+    page = tmp_path / "plan.html"
+    _, text, _ = plan(config, "--gpu-memory", "24", "--page", page)
+    said = json.loads(plan(config, "--gpu-memory", "24", "--json")[1])
+    row = next(line.split()[-3:] for line in text.splitlines() if line.startswith("the least it needs"))
+    setting = {"policy": "offload", "state": "int8", "paged": True, "micro_batch_size": 1}
+    for shown, (method, chosen) in zip(row, said["methods"].items()):
+        least = chosen["least"]
+        alone = json.loads(plan(config, "--gpu-memory", "0.3", "--json", "--method", method)[1])["methods"][method]
+        assert setting.items() <= least.items() and setting.items() <= alone.items()
+        assert least["predicted_bytes"] == alone["predicted_bytes"] <= chosen["predicted_bytes"] and least["host_bytes"] > 0
+        assert shown == f"{least['predicted_bytes'] / 2**30:.2f}"
+    assert float(row[0]) < 0.9 * float(row[1]) < 0.9 * float(row[2])
+    note = next(line for line in text.splitlines() if "the least for the same rows and rank (estimate)" in line)
+    assert note.endswith("policy offload, optim.state=int8, paged, 1 row at once (the rest in host memory)")
+    assert "<td>the least it needs</td>" in page.read_text(encoding="utf-8") and note in page.read_text(encoding="utf-8")
+
+
+def test_the_least_keeps_to_what_was_given(config: Path) -> None:
+    text = plan(config, "--gpu-memory", "24", "--policy", "recompute", "--micro-batch-size", 4, "--state", "float32")[1]
+    assert "(estimate): policy recompute, 4 rows at once" in text
+
+
 def test_json_says_the_same(config: Path) -> None:
     code, text, _ = plan(config, "--gpu-memory", "24", "--json", "--method", "lora", "--rank", 8)
     answer: dict[str, Any] = json.loads(text)
