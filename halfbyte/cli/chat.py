@@ -156,7 +156,11 @@ def chat(
     force_base: ForceBase = False,
 ) -> None:
     """Talk with a model; /help lists the commands."""
-    from halfbyte import api, redact
+    from halfbyte import redact
+    from halfbyte.models.source import require_at_hand
+
+    require_at_hand(model, allow_download=allow_download)
+    from halfbyte import api  # loads torch: a mistyped name is told before
 
     opened = api.open_model(model, quant=quant, allow_download=allow_download, force_base=force_base)
     for folder in adapter or []:

@@ -35,7 +35,10 @@ def evaluate(
 
     Of a classifier: the loss, the share of right labels and their macro F1.
     """
-    from halfbyte import api
+    from halfbyte.models.source import require_at_hand
+
+    require_at_hand(model, allow_download=allow_download)
+    from halfbyte import api  # loads torch: a mistyped name is told before
 
     names = tuple(name.strip() for name in metrics.split(",") if name.strip())
     result = api.evaluate(

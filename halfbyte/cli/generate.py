@@ -25,8 +25,12 @@ def generate(
     force_base: ForceBase = False,
 ) -> None:
     """Answer prompts, each on its own; answers go to standard output, separated by a line of dashes."""
-    from halfbyte import api, redact
+    from halfbyte import redact
     from halfbyte.errors import DataError
+    from halfbyte.models.source import require_at_hand
+
+    require_at_hand(model, allow_download=allow_download)
+    from halfbyte import api  # loads torch: a mistyped name is told before
 
     wanted = prompts or [sys.stdin.read().strip()]
     if not all(wanted):

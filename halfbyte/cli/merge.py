@@ -29,8 +29,11 @@ def merge(
 
     Prints the largest difference between the logits of the merged and the unmerged model on real prompts.
     """
-    from halfbyte import api
     from halfbyte.cli.terminal import say
+    from halfbyte.models.source import require_folder
+
+    require_folder(run)
+    from halfbyte import api  # loads torch: a mistyped name is told before
 
     done = api.merge(run, out, onto=onto, dtype=dtype, model=model, allow_download=allow_download, force_base=force_base)
     say(done.text())

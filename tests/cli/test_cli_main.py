@@ -24,6 +24,22 @@ def test_help_and_mistakes_load_nothing_heavy(words: list[str]) -> None:
     assert done.stdout.strip().endswith("[]"), done.stdout[-300:]
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["merge", "runs/mien", "--out", "x"], "E-MODEL-014"), (["chat", "runs/mien"], "E-MODEL-001"),
+        (["generate", "runs/mien", "hello"], "E-MODEL-001"), (["eval", "runs/mien", "--data", "rows.jsonl"], "E-MODEL-001"),
+        (["generate", "meta-llama/Llama-3", "hello"], "E-MODEL-003"),
+    ],
+)  # fmt: skip
+def test_a_mistyped_folder_is_told_before_anything_heavy_is_loaded(words: list[str], code: str, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    script = f"import sys\nfrom halfbyte.cli.main import run\nprint(run({words!r}), [n for n in {HEAVY!r} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "2 []" and f"error {code}:" in done.stderr, done
+    assert code == "E-MODEL-003" or ("no such folder" in done.stderr and "did you mean runs/mine?" in done.stderr)
+
+
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["--help"]) == 0
     shown = capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Merging a bare adapter folder: rounded once, what must stay exact stays so, and a base that is packed is told from an original one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from torch import Tensor
 
 import halfbyte as hb
 from halfbyte import host
-from halfbyte.errors import AdapterError
+from halfbyte.errors import AdapterError, ModelError
+from halfbyte.export import merged
 from halfbyte.lora.inject import updates
 from halfbyte.lora.layer import LoraLinear
 from halfbyte.models.load import load_model
@@ -64,6 +66,18 @@ def test_a_packed_base_has_no_original_weights(tmp_path: Path) -> None:
     assert caught.value.code == "E-ADAPT-085" and not (tmp_path / "merged").exists()
     done = hb.merge(tmp_path / "adapter", tmp_path / "merged")
     assert done.storage == "nf4" and done.dequantized == 10 and "the nf4 weights were written out as they are, also" in done.text()
+    assert "were written out as they are; nothing was" in replace(done, dequantized=0).text()
+    assert "also those of 1 layer without" in replace(done, dequantized=1).text()
+
+
+def test_what_has_no_adapter_is_refused_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is not there, and a model by itself."""
+    write_folder(tmp_path / "base")
+    monkeypatch.setattr(merged, "open_model", lambda *ignored, **too: pytest.fail("loaded"))
+    with pytest.raises(AdapterError, match="E-ADAPT-081"):
+        hb.merge(tmp_path / "base", tmp_path / "merged")
+    with pytest.raises(ModelError, match=r"E-MODEL-014(.*\n)+.*did you mean .*/base\?"):
+        hb.merge(tmp_path / "bsae", tmp_path / "merged")
 
 
 def test_the_base_that_loftq_quantized_is_not_the_original_one(tmp_path: Path) -> None:

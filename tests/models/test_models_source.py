@@ -12,7 +12,7 @@ import numpy
 import pytest
 import torch
 
-from halfbyte.errors import EnvironmentFault
+from halfbyte.errors import EnvironmentFault, ModelError
 from halfbyte.models import source as sources
 from halfbyte.models.load import load_model, load_tokenizer
 from halfbyte.models.source import file_digest, folder_digest, resolve
@@ -187,3 +187,32 @@ def test_a_hub_id_that_cannot_be_one_is_told_plainly() -> None:
     """Before anything is asked of the network."""
     with pytest.raises(EnvironmentFault, match=r"E-ENV-042(.*\n)+.*HFValidationError"):
         resolve("some one/small model", allow_download=True)
+
+
+@pytest.mark.parametrize(("name", "near"), [
+    ("runs/mien", "runs/mine"), ("./runs/mien", "runs/mine"), ("rusn/mine", "runs/mine"), ("runs/other-thing", ""),
+    ("~nobody-of-this-name/x", ""), ("runs/mine/adaptr", "runs/mine/adapter"), ("runz", "runs"),
+    ("x" * 300, ""), ("modle.gguf", "model.gguf"), ("startr", "starter"),
+])  # fmt: skip
+def test_a_mistyped_path_is_no_hub_id(name: str, near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused as a folder that is not there, and the nearest one that is there is named."""
+    (tmp_path / "runs" / "mine" / "adapter").mkdir(parents=True)
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"E-MODEL-001(.*\n)+.*no such folder") as caught:
+        resolve(name)
+    assert (f"did you mean {near}?" in caught.value.remedy) if near else "did you mean" not in caught.value.remedy
+
+
+def test_a_hub_id_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no folder is near; and where one is, once a download was allowed."""
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("meta-llama/Llama-3", "runs-of-others/mine"):
+        with pytest.raises(ModelError, match="E-MODEL-003"):
+            sources.require_at_hand(name)
+    (tmp_path / "meta-llama" / "Llama-2").mkdir(parents=True)
+    with pytest.raises(ModelError, match="E-MODEL-001") as caught:
+        sources.require_at_hand("meta-llama/Llama-3")
+    assert "did you mean meta-llama/Llama-2?" in caught.value.remedy and "--allow-download" in caught.value.remedy
+    sources.require_at_hand("meta-llama/Llama-3", allow_download=True)
