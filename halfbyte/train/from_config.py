@@ -19,6 +19,7 @@ from halfbyte.plan.decide import Decision
 from halfbyte.redact import terminal
 from halfbyte.train import loop, planning
 from halfbyte.train.calibrated_base import with_calibrated_base
+from halfbyte.train.finished import finished
 from halfbyte.train.loop import TrainResult
 from halfbyte.train.metrics import Observer
 from halfbyte.train.run_folder import RunFolder
@@ -84,5 +85,14 @@ def train_prepared(prepared: Prepared, *, resume: bool = False, observers: Seque
 
 
 def train_from_config(config: RunConfig, *, resume: bool = False, observers: Sequence[Observer] | None = None) -> TrainResult:
-    """Everything a run needs, from its settings to its report.  Raises what `prepare` and `loop.run` raise."""
+    """Everything a run needs, from its settings to its report.  Raises what `prepare` and `loop.run` raise.
+
+    Resuming a finished run says that it is one, loads nothing and changes nothing.
+    """
+    if resume and (done := finished(anchored(config))) is not None:
+        logger().info(
+            "this run is finished: step %d of %d%s; nothing was changed. A longer one: train.max_steps=N or train.epochs=N",
+            done.steps, done.total_steps, ", stopped early" if done.stopped_early else "",
+        )  # fmt: skip
+        return done
     return train_prepared(prepare(config, resume=resume), resume=resume, observers=observers)

@@ -125,7 +125,7 @@ def _adapter_pickled(folder: Path) -> None:
 
 
 def _resume(folder: Path) -> list[str]:
-    return ["train", "--resume", "--out", str(folder / "done")]
+    return ["train", "--resume", "--out", str(folder / "done"), "train.max_steps=90"]
 
 
 def _no_checkpoint(folder: Path) -> list[str]:

@@ -10,7 +10,9 @@ import torch
 
 import halfbyte as hb
 from halfbyte.cli.main import run as command
+from halfbyte.config import load_config
 from halfbyte.evaluate.opened import open_model
+from halfbyte.train import finished, from_config
 
 QUIET = (
     "train.threads=1",
@@ -107,6 +109,31 @@ def test_an_existing_run_is_refused_and_resume_goes_on(runs: Path, tmp_path: Pat
     assert (folder / "metrics.jsonl").read_bytes() == before
     assert command(["train", "--resume", str(folder), "train.max_steps=6"]) == 0
     assert [record["step"] for record in hb.Run.open(folder).metrics() if "loss" in record] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resuming_a_finished_run_loads_nothing_and_changes_nothing(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its folder alone and by its settings; a folder that lacks what it delivers, or is to be longer, is gone on with."""
+    folder = tmp_path / "again"
+    shutil.copytree(runs / "lora", folder)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(from_config, "prepare", lambda *ignored, **too: pytest.fail("prepared"))
+        for words in (["--out", str(folder)], [str(runs / "lora" / "config.yaml"), f"out={folder}", "train.save_every_steps=1"]):
+            assert command(["train", "--resume", *words]) == 0
+            said = capsys.readouterr()
+            assert "this run is finished: step 4 of 4" in said.err and f"adapter  {folder / 'adapter'}" in said.out
+        assert hb.train(out=folder, resume=True).summary["status"] == "finished"
+        assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()} == before
+        for change in ({"train.max_steps": 5}, {"train.keep_best": False}, {"lora.rank": 5}):
+            assert finished.finished(load_config(folder / "config.yaml", flags={"out": str(folder), **change})) is None
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("max_steps: 4", "max_steps: 9"))  # was to be longer, and was killed
+    assert finished.finished(load_config(folder / "config.yaml", flags={"out": str(folder)})) is None
+    (folder / "config.yaml").write_text(config)
+    shutil.rmtree(folder / "adapter")
+    assert command(["train", "--resume", "--out", str(folder)]) == 0 and (folder / "adapter" / "adapter_config.json").is_file()
 
 
 def test_generate_answers_each_prompt(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

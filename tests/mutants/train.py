@@ -138,4 +138,7 @@ MUTANTS = [
     Mutant("T0", "secrets are blanked in the finished JSON, quotes and all", "halfbyte/train/run_folder.py",
            'json.dumps(plain, indent=1, ensure_ascii=False) + "\\n")', 'within(json.dumps(values, default=str)) + "\\n")',
            "tests/train/test_train_run_folder.py::test_a_blanked_secret_leaves_its_file_readable"),
+    Mutant("T70", "a run that was to be longer and was killed counts as finished", "halfbyte/train/finished.py",
+           " or not _long_enough(begun, summary):", ":",
+           "tests/end_to_end/test_end_to_end_tiny.py::test_resuming_a_finished_run_loads_nothing_and_changes_nothing"),
 ]
