@@ -178,7 +178,7 @@ def generate(
     **options: Any,
 ) -> str | list[str]:
     """The answer to a prompt, or one for each of several; options: max_new_tokens, temperature, top_p, seed, raw."""
-    opened = open_model(model, adapter=adapter, quant=quant, allow_download=allow_download, force_base=force_base)
+    opened = open_model(model, adapter=adapter, quant=quant, allow_download=allow_download, force_base=force_base, writes=True)
     return _answer(opened, prompt, system, options)
 
 
@@ -290,10 +290,12 @@ class Run:
     def closing_text(self) -> str:
         """Where everything is and what to type next."""
         trained = self.adapter_folder or self.model_folder
+        classifies = self.config.model.task == "sequence-classification"
+        held_out = self.config.data.eval_path or "FILE.jsonl"
         return "\n".join(
             [
                 f"{'adapter' if self.adapter_folder else 'model':<8} {trained}",
                 f"report   {self.report}",
-                f"next     halfbyte chat {self.folder}",
+                f"next     halfbyte eval {self.folder} --data {held_out}" if classifies else f"next     halfbyte chat {self.folder}",
             ]
         )

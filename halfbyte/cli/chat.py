@@ -144,7 +144,8 @@ def converse(talk: Talk, read: Callable[[], str]) -> None:
 def chat(
     model: ModelOrRun = "starter",
     adapter: Annotated[
-        list[Path] | None, typer.Option("--adapter", metavar="DIR", help="An adapter folder to have at hand; may be given several times.")
+        list[Path] | None,
+        typer.Option("--adapter", metavar="DIR", help="An adapter folder to have at hand; of several the first answers at the start."),
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     quant: Quant = None,
@@ -157,14 +158,14 @@ def chat(
 ) -> None:
     """Talk with a model; /help lists the commands."""
     from halfbyte import redact
-    from halfbyte.models.source import require_at_hand
+    from halfbyte.models.source import require_at_hand, require_folder
 
     require_at_hand(model, allow_download=allow_download)
-    from halfbyte import api  # loads torch: a mistyped name is told before
-
-    opened = api.open_model(model, quant=quant, allow_download=allow_download, force_base=force_base)
     for folder in adapter or []:
-        opened.add(folder)
+        require_folder(folder)
+    from halfbyte.evaluate.opened import open_with  # loads torch: a mistyped name is told before
+
+    opened = open_with(adapter or [], model, quant=quant, allow_download=allow_download, force_base=force_base, writes=True)
     at_terminal = sys.stdin.isatty()
 
     def stream(piece: str) -> None:
@@ -182,5 +183,6 @@ def chat(
     }  # fmt: skip
     talk = Talk(opened, say=typer.echo, stream=stream, options=options, system=system)
     if at_terminal:
-        typer.echo(f"{opened.title()}; /help lists the commands, Ctrl-D leaves")
+        bare = ", /adapter none the bare model" if opened.active else ""
+        typer.echo(f"{opened.title()} answers; /help lists the commands{bare}, Ctrl-D leaves")
     converse(talk, read)

@@ -41,7 +41,7 @@ def generate(
             remedy='halfbyte generate MODEL "your prompt"',
             nothing_done="Nothing was generated.",
         )
-    opened = api.open_model(model, adapter=adapter, quant=quant, allow_download=allow_download, force_base=force_base)
+    opened = api.open_model(model, adapter=adapter, quant=quant, allow_download=allow_download, force_base=force_base, writes=True)
     answers = opened.answer(
         wanted, system=system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, raw=raw
     )

@@ -31,7 +31,7 @@ from halfbyte.evaluate.prompts import Messages, prompt_tokens, require_text
 from halfbyte.formats import peft
 from halfbyte.models.calibrated_base import base_of_run
 from halfbyte.models.cast import cast
-from halfbyte.models.generate import generate
+from halfbyte.models.generate import generate, writes_no_text
 from halfbyte.models.load import choose_dtype, load_model, load_tokenizer, task_of_folder
 from halfbyte.models.source import Source, did_you_mean, resolve
 
@@ -238,12 +238,14 @@ def open_model(
     revision: str | None = None,
     allow_download: bool = False,
     force_base: bool = False,
+    writes: bool = False,
 ) -> Opened:
     """Open a model, run or adapter folder; see the table of this module.
 
     adapter     an adapter folder on top, in place of the one the path brings
     quant       storage of the base: nf4, fp4, int8 or none; a run keeps the one it was trained with
     force_base  put an adapter also on a base with other weights than the one it was trained on
+    writes      refuse a classifier, before it is loaded
     """
     located = locate(name, base=base)
     if adapter is not None:
@@ -255,6 +257,8 @@ def open_model(
     if revision is None and config is not None and located.base == config.model.name:
         revision = config.model.revision
     source = resolve(located.base, revision=revision, allow_download=allow_download)
+    if writes and (config.model.task if config else task_of_folder(source)) == "sequence-classification":
+        raise writes_no_text(str(name))
     dtype = dtype or (config.model.dtype if config else "auto")
     begun = _loftq_adapter(located.adapter) if quant is None else None
     model = load_model(
@@ -274,6 +278,16 @@ def open_model(
     opened = Opened(located, source, model, load_tokenizer(source), template, start_of(begun) if begun else None, force_base)
     if located.adapter is not None:
         opened.activate(opened.add(located.adapter))
+    return opened
+
+
+def open_with(adapters: Sequence[Path], name: str | Path, **options: Any) -> Opened:
+    """Open with several adapters at hand; the first of `adapters` acts, else the one the path brings.  Options as for `open_model`."""
+    alone = locate(name).adapter is None  # the first then says how the base is stored, as it would as the only one
+    opened = open_model(name, adapter=adapters[0] if adapters and alone else None, **options)
+    names = [opened.add(folder.expanduser()) for folder in adapters]
+    if names:
+        opened.activate(names[0])
     return opened
 
 

@@ -54,6 +54,7 @@ class Merged:
     untied: bool
     bytes: int
     difference: probe.Difference
+    classifies: bool = False
 
     def text(self) -> str:
         """The report that is printed."""
@@ -79,7 +80,7 @@ class Merged:
             )
         if self.untied:
             lines.append("output head and embedding were one table and are two now (tie_word_embeddings is false)")
-        lines.append(f"next     halfbyte chat {self.out}")
+        lines.append(f"next     halfbyte {f'eval {self.out} --data FILE.jsonl' if self.classifies else f'chat {self.out}'}")
         return "\n".join(line for line in lines if line)
 
 
@@ -144,10 +145,10 @@ def merge_to_folder(
         opened.tokenizer.chat_template = opened.template.source
     save_dense(opened.model, opened.tokenizer, out, over=False)
     count, error, untied = report.count, report.rounding_error, report.untied
-    base = opened.source.name
+    base, classifies = opened.source.name, bool(opened.labels)
     del opened, report
     difference = probe.compare(unmerged, _logits_of_folder(out, dtype))
-    return Merged(out, onto, base, storage, dtype, count, dequantized, error, untied, folder.size_of(out), difference)
+    return Merged(out, onto, base, storage, dtype, count, dequantized, error, untied, folder.size_of(out), difference, classifies)
 
 
 def _require_own_base(run: str | Path, located: Located) -> None:

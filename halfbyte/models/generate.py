@@ -158,14 +158,18 @@ def _streamer(tokenizer: PreTrainedTokenizerBase, stream: Callable[[str], None] 
     return None if stream is None else _Pieces(tokenizer, stream)
 
 
+def writes_no_text(place: str) -> ConfigError:
+    """The refusal of a model that cannot answer."""
+    return ConfigError(
+        "only a model that writes text can answer", code="E-CONF-068", place=place, found="a model without a language head",
+        remedy="judge a classifier with: halfbyte eval", nothing_done="Nothing was generated.",
+    )  # fmt: skip
+
+
 def _check_writes(model: nn.Module) -> None:
     can_generate = getattr(model, "can_generate", None)
     if can_generate is None or not can_generate():
-        raise ConfigError(
-            "only a model that writes text can answer", code="E-CONF-068", place=type(model).__name__,
-            found="a model without a language head",
-            remedy="judge a classifier with: halfbyte eval", nothing_done="Nothing was generated.",
-        )  # fmt: skip
+        raise writes_no_text(type(model).__name__)
 
 
 def _check(max_new_tokens: int, temperature: float, top_p: float, seed: int, batch_size: int, stream: object, count: int) -> None:

@@ -9,6 +9,7 @@ import torch
 
 import halfbyte as hb
 from halfbyte.cli.main import run as command
+from halfbyte.evaluate import opened
 from halfbyte.quickstart import task
 
 
@@ -32,7 +33,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, float]:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks transformers for it
 def test_a_classifier_learns_and_peft_reads_it(
-    tiny_folder: Path, files: tuple[Path, Path, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path, files: tuple[Path, Path, float], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
@@ -45,7 +47,13 @@ def test_a_classifier_learns_and_peft_reads_it(
         "train.eval_every_steps=30", "train.save_every_steps=30", "model.dtype=float32",
     ]  # fmt: skip
     assert command([str(word) for word in words]) == 0
-    capsys.readouterr()
+    assert f"next     halfbyte eval {tmp_path / 'run'} --data {held_out}\n" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(opened, "load_model", lambda *ignored, **too: pytest.fail("loaded"))
+        for asked in (["chat", "run"], ["generate", "run", "hello"], ["chat", str(tiny_folder), "--adapter", "run"]):
+            assert command([str(tmp_path / "run") if word == "run" else word for word in asked]) == 2
+            told = capsys.readouterr()
+            assert "E-CONF-068" in told.err and "halfbyte eval" in told.err and not told.out
     assert command(["eval", str(tmp_path / "run"), "--data", str(held_out), "--json"]) == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out.splitlines()[-1])
@@ -65,6 +73,8 @@ def test_a_classifier_learns_and_peft_reads_it(
     assert json.loads((run.adapter_folder / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
     merged = hb.merge(tmp_path / "run", tmp_path / "base", dtype="float32")
     assert merged.difference.largest < 1e-3
+    assert f"next     halfbyte eval {tmp_path / 'base'} --data" in merged.text()
+    assert command(["generate", str(tmp_path / "base"), "hello"]) == 2 and "E-CONF-068" in capsys.readouterr().err
     ids = torch.arange(3, 40)[None]
     ours = hb.load(tiny_folder, dtype="float32", quant="none", adapter=run.adapter_folder)[0](input_ids=ids).logits
     base = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=3, dtype=torch.float32)

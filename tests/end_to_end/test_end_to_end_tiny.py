@@ -1,5 +1,6 @@
 """The whole road on a small random model, through the real command line: train, resume, judge, use, merge, quantize."""
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -153,6 +154,32 @@ def test_chat_by_pipe(runs: Path, tmp_path: Path, cli: Callable[..., object]) ->
     out = done.stdout  # type: ignore[attr-defined]
     assert "* qlora\n  none" in out and "adapter: none" in out and "adapter: qlora" in out
     assert len(json.loads(saved.read_text())["messages"]) == 4
+
+
+class Terminal(io.StringIO):
+    """Standard input as a terminal has it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_chat_begins_with_the_first_adapter_given(
+    runs: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a model and on a run, which keeps its own at hand; the greeting says who answers."""
+    given = ["--adapter", str(runs / "qlora"), "--adapter", str(runs / "lora" / "adapter")]
+    for words, listed, greeting in (
+        ([str(tiny_folder), *given], "* qlora\n  lora\n  none", f"{tiny_folder} with adapter qlora answers; /help lists the commands, /ad"),
+        ([str(runs / "lora"), *given], "  lora\n* qlora\n  none", "with adapter qlora answers"),
+        ([str(runs / "lora")], "* lora\n  none", "with adapter lora answers"),
+        ([str(tiny_folder)], "* none", f"{tiny_folder} answers; /help lists the commands, Ctrl-D"),
+    ):
+        monkeypatch.setattr("sys.stdin", Terminal("/adapters\n"))
+        assert command(["chat", *words]) == 0
+        said = capsys.readouterr().out
+        assert greeting in said and listed in said
+    assert command(["chat", str(tiny_folder), "--adapter", str(runs / "qlroa")]) == 2
+    assert f"did you mean {runs / 'qlora'}?" in capsys.readouterr().err
 
 
 def test_merge_keeps_the_model_that_was_trained(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
