@@ -134,14 +134,21 @@ def _notes(config: RunConfig, draft: _Draft) -> list[str]:
 
 
 def read_settings(
-    path: Path | None, overrides: Sequence[str] = (), flags: Mapping[str, object] | None = None, *, origin: str = "command line"
-) -> Loaded:
+    path: Path | None, overrides: Sequence[str] = (), flags: Mapping[str, object] | None = None, *, origin: str = "command line",
+    unsaid: Mapping[str, Any] | None = None,
+) -> Loaded:  # fmt: skip
     """Settings with their notes and places; raises one ConfigError that lists every problem.
 
-    `overrides` are texts "lora.rank=32"; `flags` are dotted keys with values, where None is null, and for a group not given.
+    `overrides` are texts "lora.rank=32"; `flags` are dotted keys with values, where None is null, and for a group not given; `unsaid` are
+    dotted keys with values that hold where nothing else says.
     """
     draft = _from_file(Path(path)) if path is not None else _Draft()
     _apply(_given(overrides, flags or {}, draft, origin), draft, origin)
+    for key, value in (unsaid or {}).items():
+        group, name = key.split(".")
+        values = draft.values.setdefault(group, {})
+        if isinstance(values, dict):
+            values.setdefault(name, value)
     clashes: list[Problem] = []
     config: RunConfig | None = None
     try:

@@ -4,7 +4,7 @@ Everything that is an estimate says so; memory is a prediction from shapes (memo
 from a calibration of this machine (rates.py); for a card that is known by name alone, a lower bound from its published peak.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,24 @@ AUTO_TOKENS = 1024  # data.max_tokens auto: the model's limit, at most this
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What was written on the command line, for commands that go on from a plan: model, settings file, rows and method, where they were
+    given, and all other settings as key=value."""
+
+    model: str | None = None
+    file: str | None = None
+    data: str | None = None
+    method: str | None = None
+    settings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Question:
-    """What is known: the model's shape, where to train, the settings that were given (`fixed` names those the search leaves alone)."""
+    """What is known: the model's shape, where to train, the settings that were given (`fixed` names those the search leaves alone).
+
+    packing   samples share rows of base.tokens
+    here      the place is this machine
+    """
 
     name: str
     shape: ModelShape
@@ -35,6 +51,9 @@ class Question:
     methods: tuple[str, ...] = METHODS
     rows: Lengths | None = None
     global_batch_size: int = GLOBAL_BATCH_SIZE
+    packing: bool = False
+    here: bool = False
+    asked: Asked = Asked()
 
 
 @dataclass(frozen=True)
@@ -51,7 +70,7 @@ class Answer:
     rates: Rates | None
 
 
-def shape_of(name: str, *, allow_download: bool = False) -> tuple[ModelShape, Path | None]:
+def shape_of(name: str, *, revision: str | None = None, allow_download: bool = False) -> tuple[ModelShape, Path | None]:
     """(shape, the model's tokenizer.json where there is one) of a config.json, a folder, or whatever else names a model.
 
     With `allow_download` config and tokenizer of a hub id are fetched, its weights are not.
@@ -63,7 +82,7 @@ def shape_of(name: str, *, allow_download: bool = False) -> tuple[ModelShape, Pa
     else:
         from halfbyte.models.source import resolve
 
-        folder = resolve(name, allow_download=allow_download, weights=False).folder
+        folder = resolve(name, revision=revision, allow_download=allow_download, weights=False).folder
         shape = ModelShape.read(folder)
     tokenizer = folder / "tokenizer.json"
     return shape, tokenizer if tokenizer.is_file() else None
@@ -75,20 +94,23 @@ def compute_dtype(hardware: Hardware) -> str:
     return "bfloat16" if native else "float32"
 
 
-def row_tokens(shape: ModelShape, asked: int | None, rows: Lengths | None) -> int:
+def row_tokens(shape: ModelShape, asked: int | None, rows: Lengths | None, packing: bool = False) -> int:
     """Tokens of the longest row that training would see; raises ConfigError for more than the model was made for."""
     if asked is not None and asked > shape.max_positions:
         raise ConfigError(
-            "a row is at most as long as the model was made for", code="E-CONF-403", place="--max-tokens", found=f"{asked:,} tokens",
+            "a row is at most as long as the model was made for", code="E-CONF-403", place="data.max_tokens", found=f"{asked:,} tokens",
             expected=f"2 to {shape.max_positions:,} tokens", nothing_done="Nothing was planned.",
         )  # fmt: skip
     most = asked or min(shape.max_positions, AUTO_TOKENS)
-    return most if rows is None else max(2, min(most, rows.longest))
+    return most if rows is None else max(2, min(most, sum(rows.tokens) if packing else rows.longest))
 
 
-def count_rows(path: str | None, tokenizer: Path | None) -> Lengths | None:
-    """Estimated lengths of the rows of a data file; None without one."""
-    return None if path is None else lengths(path, tokenizer)
+def count_rows(path: str | None, tokenizer: Path | None, most: int | None = None) -> Lengths | None:
+    """Estimated lengths of the rows of a data file, of the first `most` of them; None without a file."""
+    if path is None:
+        return None
+    counted = lengths(path, tokenizer)
+    return replace(counted, tokens=counted.tokens[:most])
 
 
 def answer(question: Question) -> Answer:
@@ -111,7 +133,9 @@ def answer(question: Question) -> Answer:
 def kept_rows(question: Question) -> Rows | None:
     """The rows that are not longer than planned for; None without data, or where none is left."""
     lengths = [count for count in question.rows.tokens if count <= question.base.tokens] if question.rows else []
-    return Rows.of(lengths) if lengths else None
+    if not lengths:
+        return None
+    return Rows.packed(lengths, question.base.tokens) if question.packing else Rows.of(lengths)
 
 
 def peak_of(hardware: Hardware) -> float | None:

@@ -136,12 +136,9 @@ def decide(config: RunConfig, shape: ModelShape, place: Hardware, rows: RowsSeen
 
 
 def rows_at_once(decision: Decision) -> Rows:
-    """The rows that the batches are made of; packed ones are taken as full, their samples apart in attention."""
-    config, lengths = decision.config, decision.rows.lengths
-    if not config.data.packing:
-        return Rows.of(lengths)
-    count = max(1, -(-sum(lengths) // decision.option.setting.tokens))
-    return Rows(count, sum(lengths) / count, sum(length**2 for length in lengths) / count)
+    """The rows that the batches are made of."""
+    lengths = decision.rows.lengths
+    return Rows.packed(lengths, decision.option.setting.tokens) if decision.config.data.packing else Rows.of(lengths)
 
 
 def operations(decision: Decision) -> float:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from halfbyte.plan.activations import POLICIES, own_layers
 from halfbyte.plan.answer import Answer, found_with_change, seconds_per_step, steps_per_epoch, time_source
+from halfbyte.plan.command import calibrate_command, train_command
 from halfbyte.plan.hardware import CARDS, MARGIN, PROCESSOR, PROGRAM_BYTES
 from halfbyte.plan.memory import plan_memory
 from halfbyte.plan.search import FITS, NOT, Option, needed_text
@@ -24,11 +25,7 @@ def plan_text(given: Answer) -> str:
 
 def _next(given: Answer) -> str:
     """The command that trains with the best method; nothing where none fits, or where the place is not here."""
-    question = given.question
-    if not given.ranking or question.hardware.name != PROCESSOR:
-        return ""
-    model = question.name.removesuffix("config.json").rstrip("/") or "."
-    return f"next     halfbyte train --model {model} --data FILE --method {given.ranking[0][0]}"
+    return f"next     {train_command(given)}" if given.ranking and given.question.here else ""
 
 
 def _head(given: Answer) -> str:
@@ -176,8 +173,8 @@ def _time(given: Answer) -> str:
     length = f"{steps:,} steps of {size} rows in an epoch; " if steps else ""
     timed = [(method, seconds_per_step(given, one)) for method, one in found_with_change(given) if one.verdict != NOT]
     if any(seconds is None for _, seconds in timed) or not timed:
-        command = f"halfbyte plan {given.question.name} --calibrate"
-        here = f"; `{command}` measures it, while the machine is idle" if given.question.hardware.name == PROCESSOR else ""
+        on_it = given.question.hardware.name == PROCESSOR
+        here = f"; `{calibrate_command(given.question)}` measures it, while the machine is idle" if on_it else ""
         return f"time: {length}not calibrated for this place, so no time is given{here}"
     each = [f"{method} {duration_text(s)} a step" + (f", {duration_text(s * steps)} an epoch" if steps else "") for method, s in timed if s]
     return f"time for steps of {size} rows ({time_source(given)}): {length}{'; '.join(each)}"

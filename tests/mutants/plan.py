@@ -86,4 +86,10 @@ MUTANTS = [
     Mutant("T0", "the least a method needs is the largest", "halfbyte/plan/search.py",
            'return min([one for one in tried if one.short != "host"]', 'return max([one for one in tried if one.short != "host"]',
            "tests/plan/test_plan_cli.py::test_the_least_a_method_needs_stands_beside_what_is_chosen"),
+    Mutant("T0", "the next command leaves the state that was chosen to a run, which does not choose it", "halfbyte/plan/command.py",
+           'words += ["optim.state=int8"] if now.state == "int8" else []', "pass",
+           "tests/plan/test_plan_command.py::test_the_next_command_trains_what_was_planned"),
+    Mutant("T0", "the next command drops what was given", "halfbyte/plan/command.py",
+           "*settings_for(question.asked, method), *_chosen", "*_chosen",
+           "tests/plan/test_plan_command.py::test_the_next_command_trains_what_was_planned"),
 ]  # fmt: skip
