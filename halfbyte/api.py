@@ -93,12 +93,15 @@ def _made_fast(model: nn.Module, injected: Injected) -> Injected:
     return injected
 
 
-def save_adapter(model: nn.Module, folder: str | Path, *, base: str | None = None) -> Path:
+def save_adapter(model: nn.Module, folder: str | Path, *, base: str | None = None, allow_untrained: bool = False) -> Path:
     """Write the adapter of a model in PEFT's format; `base` is the name of the base that is noted in it.
 
     The weights of the folder that the model was loaded from are noted too, so that the adapter is not put on others unseen.
+    An adapter that changes nothing, as it is before the first step, is refused unless `allow_untrained`.
     """
-    return adapter_folder.save_adapter(model, folder, base_name=base, base_digest=loaded_weights(model))
+    return adapter_folder.save_adapter(
+        model, folder, base_name=base, base_digest=loaded_weights(model), allow_untrained=allow_untrained
+    )
 
 
 def SaveAdapter(folder: str | Path) -> "TrainerCallback":
@@ -106,15 +109,17 @@ def SaveAdapter(folder: str | Path) -> "TrainerCallback":
     return trainer_callback.SaveAdapter(folder, save_adapter)
 
 
-def load_adapter(model: nn.Module, folder: str | Path, *, force_base: bool = False) -> Injected:
+def load_adapter(model: nn.Module, folder: str | Path, *, force_base: bool = False, allow_untrained: bool = False) -> Injected:
     """Put the adapter of a PEFT folder into a model that has none.  Raises AdapterError where they do not fit; nothing is changed then.
 
     force_base takes a model of other weights than the adapter was trained on.  An adapter that began with init loftq wants the dense model
     and quantizes it as then; force_base takes one that is packed.
+    allow_untrained takes one that changes nothing.
     """
-    return _made_fast(
-        model, adapter_folder.load_adapter(model, folder, base_digest=loaded_weights(model), allow_other_base=force_base)
+    done = adapter_folder.load_adapter(
+        model, folder, base_digest=loaded_weights(model), allow_other_base=force_base, allow_untrained=allow_untrained
     )
+    return _made_fast(model, done)
 
 
 def train(

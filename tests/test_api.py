@@ -145,3 +145,27 @@ def test_an_adapter_belongs_to_the_weights_it_was_trained_on(tmp_path: Path) -> 
         assert halfbyte.load_adapter(halfbyte.load(source.folder)[0], tmp_path / name).names
     built = type(theirs)(type(theirs.config)(**{**theirs.config.to_dict(), "name_or_path": ""}))
     assert halfbyte.load_adapter(built, tmp_path / "theirs").names  # a model from no folder: its weights are not known
+
+
+def test_an_untrained_adapter_is_kept_only_where_it_is_meant(tmp_path: Path) -> None:
+    """By name in save_adapter and load_adapter; Trainer's own saves may come before the first step that changes anything."""
+    from tests.models.small_models import write_folder
+
+    source, nothing = write_folder(tmp_path / "a"), None
+    state: Any = SimpleNamespace(is_world_process_zero=True, global_step=1)
+    model = halfbyte.load(source.folder)[0]
+    halfbyte.inject(model, rank=2)
+    saver: Any = halfbyte.SaveAdapter(tmp_path / "end")
+    place = SimpleNamespace(output_dir=tmp_path / "out")
+    for save in (lambda: halfbyte.save_adapter(model, tmp_path / "end"), lambda: saver.on_train_end(place, state, nothing, model=model)):
+        with pytest.raises(halfbyte.HalfbyteError) as caught:
+            save()
+        assert caught.value.code == "E-ADAPT-043" and caught.value.nothing_done == "Nothing was saved."
+        assert "allow_untrained=True" in caught.value.remedy
+    assert not (tmp_path / "end").exists()
+    saver.on_save(place, state, nothing, model=model)
+    early = halfbyte.save_adapter(model, tmp_path / "early", allow_untrained=True)
+    for folder in (early, tmp_path / "out" / "checkpoint-1" / "adapter"):
+        with pytest.raises(halfbyte.HalfbyteError, match="Nothing was loaded"):
+            halfbyte.load_adapter(halfbyte.load(source.folder)[0], folder)
+        assert halfbyte.load_adapter(halfbyte.load(source.folder)[0], folder, allow_untrained=True).names

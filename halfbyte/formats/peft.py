@@ -29,7 +29,7 @@ from torch import Tensor
 
 from halfbyte.config.lora import LoraConfig
 from halfbyte.config.quant import LoftqBase
-from halfbyte.errors import AdapterError, StorageError
+from halfbyte.errors import AdapterError, HalfbyteError, StorageError
 from halfbyte.formats.peft_config import CONFIG_NAME, TASKS, config_text, pattern_value, read_config, refused
 from halfbyte.formats.peft_keys import Named, from_peft, to_peft
 from halfbyte.formats.safetensors_io import load_tensors, sync
@@ -85,7 +85,10 @@ def save(
                 (CONFIG_NAME, settings),
         ):  # fmt: skip
             _write(staging / name, text)
-        _verify(staging, tensors, allow_untrained)
+        try:
+            _verify(staging, tensors, allow_untrained)
+        except HalfbyteError as fault:  # of the files beside the folder, which are gone by the time somebody reads this
+            raise _not_saved(fault, staging, folder) from None
     return folder
 
 
@@ -95,6 +98,14 @@ def scale_in(config: LoraConfig, name: str) -> float:
     return alpha / (rank**0.5 if config.rslora else rank)
 
 
+def _not_saved(fault: HalfbyteError, staging: Path, folder: Path) -> HalfbyteError:
+    """The same fault, told of the folder that was asked for."""
+    return type(fault)(
+        fault.rule, code=fault.code, place=fault.place.replace(str(staging), str(folder)), found=fault.found, expected=fault.expected,
+        remedy=fault.remedy, nothing_done="Nothing was saved.",
+    )  # fmt: skip
+
+
 def _verify(staging: Path, tensors: Mapping[str, Tensor], allow_untrained: bool) -> None:
     """Read what was just written and compare to the bit."""
     again = read(staging, allow_untrained=allow_untrained)
@@ -102,8 +113,8 @@ def _verify(staging: Path, tensors: Mapping[str, Tensor], allow_untrained: bool)
     wrong += [name for name in again.tensors if name not in tensors]
     if wrong:
         raise AdapterError(
-            "what was written must read back as what was given", code="E-ADAPT-030", place=str(staging.parent),
-            found=f"{len(wrong)} of {len(tensors)} tensors differ: {', '.join(wrong[:3])}", nothing_done="Nothing was saved.",
+            "what was written must read back as what was given", code="E-ADAPT-030", place=str(staging),
+            found=f"{len(wrong)} of {len(tensors)} tensors differ: {', '.join(wrong[:3])}",
         )  # fmt: skip
 
 
@@ -241,7 +252,7 @@ def _require_alive(named: Named, folder: Path) -> None:
         raise refused(
             "E-ADAPT-043", "an adapter must change something", str(folder),
             f"one factor is all zero in {len(dead)} of {len(pairs)} modules",
-            "a trained adapter", "nothing was trained before it was saved, or the wrong tensors were saved",
+            "a trained adapter", "train before saving; where it is meant, hb.save_adapter and hb.load_adapter take allow_untrained=True",
         )  # fmt: skip
 
 

@@ -231,8 +231,13 @@ def test_patterns_that_could_hang_are_refused(pattern: str) -> None:
 def test_an_untrained_adapter_is_saved_only_on_demand(tmp_path: Path) -> None:
     """T65: all lora_b zero is an error at save already, and nothing is left behind."""
     given = {name: tensor * name.endswith("lora_a") for name, tensor in tensors().items()}
-    with pytest.raises(AdapterError, match="E-ADAPT-043"):
-        write(tmp_path / "adapter", given=given)
+    broken = {name: tensor * float("nan") for name, tensor in given.items()}
+    for name, code, tensors_given in (("adapter", "E-ADAPT-043", given), ("nan", "E-ADAPT-042", broken)):
+        with pytest.raises(AdapterError, match=code) as caught:
+            write(tmp_path / name, given=tensors_given)
+        said = str(caught.value)
+        assert f"where:    {tmp_path / name}" in said and ".part" not in said
+        assert "Nothing was saved." in said and "loaded" not in said
     assert list(tmp_path.iterdir()) == []
     write(tmp_path / "adapter", given=given, allow_untrained=True)
     assert peft.read(tmp_path / "adapter", allow_untrained=True).config.rank == 2
