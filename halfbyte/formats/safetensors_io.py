@@ -245,13 +245,19 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None) -> None:
-    """One file, synced.  Raises OSError, also where the library calls what the system said an error of its own kind."""
+    """One file, synced.  Raises OSError, also where the library calls what the system said an error of its own kind.
+
+    The library makes files that only their owner may read; this one gets the mode of any other file, which the umask says.
+    """
+    path.touch()
+    mode = path.stat().st_mode & 0o777
     try:
         save_file(tensors, path, dict(metadata or {"format": "pt"}))
     except SafetensorError as fault:
         if "I/O error" not in str(fault):
             raise
         raise OSError(str(fault)) from fault
+    path.chmod(mode)
     sync(path)
 
 

@@ -79,7 +79,7 @@ def opened(path: Path, say: Say) -> Iterator[Folder]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         _require_own(path)
-        lock = os.open(path / "study.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        lock = os.open(path / "study.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as fault:
         raise StorageError(
             "a study needs a folder it can write", code="E-STORE-411", place=str(path), found=fault.strerror or "",

@@ -24,7 +24,7 @@ def create(path: Path, content: bytes) -> str:
     """Write a new file durably and return the sha256 of what was written, as hex.  Raises FileExistsError when it exists."""
     digest = hashlib.sha256()
     faults.point("checkpoint.open")
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         view = memoryview(content)
         for start in range(0, len(view), CHUNK):

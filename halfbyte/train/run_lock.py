@@ -31,7 +31,7 @@ class RunLock:
 
     def __enter__(self) -> "RunLock":
         try:
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise storage_error(error, self.path) from error
         end = time.monotonic() + self.wait_seconds

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -180,6 +181,22 @@ def test_chat_begins_with_the_first_adapter_given(
         assert greeting in said and listed in said
     assert command(["chat", str(tiny_folder), "--adapter", str(runs / "qlroa")]) == 2
     assert f"did you mean {runs / 'qlora'}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o027])
+def test_the_umask_decides_who_may_read_what_is_delivered(umask: int, tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    """Every file of a run, of a merged and of a quantized model, checkpoints and locks too."""
+    before = os.umask(umask)
+    try:
+        words = ["train", "--model", tiny_folder, "--data", rows_file, "--method", "qlora", "--out", tmp_path / "run", *QUIET]
+        assert command([str(word) for word in words]) == 0
+        hb.merge(tmp_path / "run", tmp_path / "merged")
+        hb.quantize(tiny_folder, tmp_path / "packed")
+    finally:
+        os.umask(before)
+    files = {str(path.relative_to(tmp_path)): oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*") if path.is_file()}
+    wanted = oct(0o666 & ~umask)
+    assert len(files) > 20 and {name: mode for name, mode in files.items() if mode != wanted} == {}
 
 
 def test_merge_keeps_the_model_that_was_trained(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
