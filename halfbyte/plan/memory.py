@@ -1,8 +1,9 @@
 """Memory of a training step, term by term, from shapes and types alone; nothing here was fitted to a measurement.
 
-    peak = what always lies there + the largest of three moments
+    peak = what always lies there + the largest of four moments
 
     always    weights, adapters, gradients, optimizer state, the program itself
+    start     the dense matrices that init loftq quantizes, held until all are; neither gradients nor optimizer state are there yet
     head      activations of all layers + what the output layer and the loss need        (end of the forward pass)
     layer     activations of all layers + the backward pass of one layer                  (its first layer)
     update    what the optimizer's update needs; the activations are gone
@@ -32,12 +33,18 @@ CHUNK_BYTES = 96 << 20  # fp32 logits of one chunk (kernels/linear_cross_entropy
 UPDATE_CHUNK = 4 << 20  # elements updated at once with 8-bit state (kernels/adamw/reference.py; its fast kernels need less)
 INT8_BLOCKSIZE, SMALLEST_INT8 = 256, 4096  # optim/state_storage
 PINNED = "each tensor in a block of a power of two"
-MOMENTS = ("head", "layer", "update")
+PRESENT = {
+    "head": ("loaded", "always", "activations", "head"), "layer": ("loaded", "always", "activations", "layer"),
+    "update": ("loaded", "always", "update"), "start": ("loaded", "start"),
+}  # fmt: skip
+"""Moment -> `when` of the terms that lie in memory then."""
+MOMENTS = tuple(PRESENT)
 
 
 @dataclass(frozen=True)
 class Term:
-    """Bytes under a name; `when` is always, head, layer, update, activations (head and layer) or host."""
+    """Bytes under a name; `when` is loaded (from the start on), always (in every step), start, head, layer, update, activations (head and
+    layer) or host."""
 
     name: str
     bytes: int
@@ -53,8 +60,7 @@ class Memory:
 
     def at(self, moment: str) -> tuple[Term, ...]:
         """The terms that lie in memory at a moment."""
-        both = ("always", moment, "activations") if moment in ("head", "layer") else ("always", moment)
-        return tuple(term for term in self.terms if term.when in both and term.bytes)
+        return tuple(term for term in self.terms if term.when in PRESENT[moment] and term.bytes)
 
     @property
     def peak(self) -> str:
@@ -87,9 +93,14 @@ class Memory:
 
 
 def packed(shape: ModelShape, setting: Setting) -> list[Weight]:
-    """The weights that are stored in few bits: linear layers and experts, and the head where that is asked for; not those of quant.skip."""
+    """The weights that are stored in few bits: linear layers and experts, and the head where that is asked for; not those of quant.skip.
+
+    Init loftq packs what it adapts, and that alone.
+    """
     if setting.method == "full" or setting.format == "none":
         return []
+    if setting.init == "loftq":
+        return [weight for weight, _ in adapted(shape, setting) if not weight.tied]
     kinds = ("linear", "experts", "head") if setting.quantize_head else ("linear", "experts")
     return [weight for weight in shape.weights if weight.kind in kinds and not weight.tied and not _skipped(weight, setting.skip)]
 
@@ -103,6 +114,20 @@ def _skipped(weight: Weight, patterns: tuple[str, ...]) -> bool:
 def start_bytes(shape: ModelShape, setting: Setting) -> int:
     """The constant start that init pissa takes off again: a copy of every adapter of a linear layer as it began."""
     return WIDTHS[setting.lora_dtype] * started_params(shape, setting)
+
+
+def loftq_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What init loftq holds beside what it makes: every dense matrix until the last is packed, w bytes an element; and of the largest,
+    (O, I) and k the smaller, w and 8 bytes an element (part, rest, LAPACK's copy of it; 4 more where w is 2), 4 k (O + I) of singular
+    vectors, 16 k k of LAPACK's work (https://www.netlib.org/lapack/explore-html, dgesdd).  With more rounds one product more.
+    """
+    if setting.init != "loftq":
+        return 0
+    width = WIDTHS[setting.dtype]
+    each = width + 8 + (0 if width == 4 else 4)
+    sizes = [weight.size[-2:] for weight in packed(shape, setting)]
+    work = [each * rows * columns + 4 * min(rows, columns) * (rows + columns) + 16 * min(rows, columns) ** 2 for rows, columns in sizes]
+    return width * sum(prod(size) for size in sizes) + max(work, default=0)
 
 
 def packed_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -148,23 +173,21 @@ def pinned_inputs_bytes(shape: ModelShape, setting: Setting) -> int:
 
 def pinned_state_bytes(shape: ModelShape, setting: Setting) -> int:
     """Every tensor of the state in a block of its own (optim/paged.py): two moments, with 8 bits the scales of each, the fp32 master."""
-    return sum(pinned(part) for count in trained_tensors(shape, setting) for part in _state_parts(count, setting))
+    return sum(
+        pinned(part) for count in trained_tensors(shape, setting) for part in _state_parts(count, setting.state, trained_dtype(setting))
+    )
 
 
-def _state_parts(count: int, setting: Setting) -> list[int]:
-    small = setting.state == "float32" or count < SMALLEST_INT8
+def _state_parts(count: int, state: str, dtype: str) -> list[int]:
+    """Bytes of each tensor of the state of a trained tensor with so many elements."""
+    small = state == "float32" or count < SMALLEST_INT8
     moments = [4 * count] * 2 if small else [count, 4 * -(-count // INT8_BLOCKSIZE)] * 2
-    return moments + ([] if trained_dtype(setting) == "float32" else [4 * count])
+    return moments + ([] if dtype == "float32" else [4 * count])
 
 
 def bytes_of_state(tensors: Iterable[int], state: str, dtype: str) -> int:
     """fp32: 8 n; int8: 2 n + 8 ceil(n / 256) for tensors of 4096 elements or more; + 4 n of fp32 masters where the parameters are bf16."""
-    master = 0 if dtype == "float32" else 4
-    total = 0
-    for count in tensors:
-        small = state == "float32" or count < SMALLEST_INT8
-        total += count * master + (8 * count if small else 2 * count + 8 * -(-count // INT8_BLOCKSIZE))
-    return total
+    return sum(sum(_state_parts(count, state, dtype)) for count in tensors)
 
 
 def update_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -235,10 +258,11 @@ def plan_memory(shape: ModelShape, setting: Setting, program_bytes: int = 0) -> 
     few = "int8 and a scale for each row" if setting.format == "int8" else f"{setting.format} {scales}"
     adapters = 0 if setting.method == "full" else count * WIDTHS[trained]
     terms = [
-        Term("weights, packed", packed_bytes(shape, setting), "always", few),
-        Term("weights, dense", dense_bytes(shape, setting), "always", f"{WIDTHS[setting.dtype]} bytes a parameter"),
-        Term("adapters", adapters, "always", f"{WIDTHS[trained]} bytes a trained parameter"),
-        Term("start factors", start_bytes(shape, setting), "always", "the start of init pissa, which is taken off again"),
+        Term("weights, packed", packed_bytes(shape, setting), "loaded", few),
+        Term("weights, dense", dense_bytes(shape, setting), "loaded", f"{WIDTHS[setting.dtype]} bytes a parameter"),
+        Term("adapters", adapters, "loaded", f"{WIDTHS[trained]} bytes a trained parameter"),
+        Term("start factors", start_bytes(shape, setting), "loaded", "the start of init pissa, which is taken off again"),
+        Term("start", loftq_bytes(shape, setting), "start", "dense matrices until init loftq has packed all; its work on the largest"),
         Term("gradients", count * WIDTHS[trained], *_gradients(setting, WIDTHS[trained])),
         Term("optimizer", 0 if away else state, "always", _state_text(setting)),
         Term("activations", kept_bytes(shape, setting), "activations", _kept_text(shape, setting)),
@@ -247,7 +271,7 @@ def plan_memory(shape: ModelShape, setting: Setting, program_bytes: int = 0) -> 
         Term("logits", chunk_bytes(shape, setting), "head" if setting.device == "gpu" else "always", "one chunk of 96 MiB in float32"),
         Term("workspace", workspace_bytes(shape, setting), "layer", "backward of one layer, and its largest matrix in full"),
         Term("update", update, "update", "temporaries of the optimizer's update, or the backward of the last layer"),
-        Term("program", program_bytes, "always", "measured: interpreter and libraries before a model is loaded"),
+        Term("program", program_bytes, "loaded", "measured: interpreter and libraries before a model is loaded"),
         Term(
             "layer inputs on the host",
             pinned_inputs_bytes(shape, setting) if setting.device == "gpu" else 0,

@@ -207,6 +207,8 @@ def _changed(shape: ModelShape, one: Option, hardware: Hardware) -> Iterator[tup
         changes.append(("optim.paged=true", replace(now, paged=True)))
     if now.method != "full" and now.rank > 1:
         changes.append((f"lora.rank={now.rank // 2}", replace(now, rank=now.rank // 2)))
+    if now.init == "loftq":
+        changes.append(("lora.init=default", replace(now, init="default")))
     if now.method != "qlora":
         changes.append(("method=qlora", now.with_method("qlora")))
     if now.tokens > 128:

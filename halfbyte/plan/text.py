@@ -12,8 +12,8 @@ from halfbyte.plan.setting import trained_params
 from halfbyte.units import bytes_text, count_text, gib, percent_text, seconds_text
 
 ROWS = (
-    "weights, packed", "weights, dense", "adapters", "start factors", "gradients", "optimizer", "layer inputs", "activations", "heap gaps",
-    "head", "logits", "workspace", "update", "program",
+    "weights, packed", "weights, dense", "adapters", "start factors", "start", "gradients", "optimizer", "layer inputs", "activations",
+    "heap gaps", "head", "logits", "workspace", "update", "program",
 )  # fmt: skip
 
 

@@ -1,11 +1,14 @@
 """Terms of a memory plan: exact bytes of weights, adapters and optimizer state against real modules; published figures; golden totals."""
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from halfbyte.errors import TargetError
 from halfbyte.plan import memory, published, speed
@@ -144,6 +147,57 @@ def test_layers_that_are_skipped_stay_dense(tiny_llama: Any) -> None:
         assert names and sorted(names) == sorted(layers_to_quantize(model, skip))
     more = plan_memory(LLAMA_8B, Setting(skip=("*down_proj",))).total - plan_memory(LLAMA_8B, Setting()).total
     assert more / 2**30 == pytest.approx(2.60, abs=0.01)
+
+
+class _Held(TorchDispatchMode):
+    """Counts the bytes of all tensors that live while it is on, and the most there were."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.known: dict[int, int] = {}
+        self.now = self.most = 0
+        for tensor in (*model.parameters(), *model.buffers()):
+            self._add(tensor)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor)
+        return made
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._gone, storage._cdata)
+
+    def _gone(self, key: int) -> None:
+        self.now -= self.known.pop(key)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("targets", ["all-linear", ("down_proj", "q_proj")])
+def test_the_start_of_loftq_holds_the_dense_matrices(tiny_llama: Any, dtype: str, targets: Any) -> None:
+    """Against every tensor that lives in it; what is inside the decomposition (LAPACK's copy and its work) is not a tensor."""
+    from halfbyte.config.lora import LoraConfig
+    from halfbyte.config.quant import QuantConfig
+    from halfbyte.lora.inject import inject
+
+    model = tiny_llama(hidden_size=128, intermediate_size=256, num_hidden_layers=3).to(getattr(torch, dtype))
+    shape = ModelShape.from_config(model.config.to_dict())
+    rotary = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    with _Held(model) as held:
+        inject(model, LoraConfig(rank=4, init="loftq", targets=targets), seed=0, quant=QuantConfig(format="nf4"))
+    setting = Setting(rank=4, init="loftq", targets=targets, dtype=dtype, tokens=8)
+    plan = plan_memory(shape, setting)
+    assert _bytes(model) - rotary == packed_bytes(shape, setting) + dense_bytes(shape, setting) + plan.named("adapters")
+    inside = 4 * 128 * 256 + 16 * 128**2
+    assert plan.peak == "start" and plan.total - inside == pytest.approx(held.most - rotary, rel=0.01)
+    assert plan_memory(shape, replace(setting, init="default")).total < plan.total / 1.5
+    assert not plan_memory(shape, setting.with_method("full")).named("start")
 
 
 def test_the_start_of_pissa_lies_beside_its_factors(tiny_llama: Any) -> None:
