@@ -132,11 +132,14 @@ def test_a_truncated_adapter_acts_as_the_nearest_update(variant: str, joint: boo
 def test_uniform_truncation_of_ranks_that_differ(tiny_llama, tmp_path: Path) -> None:
     """# T29"""
     model = trained(tiny_llama, **VARIANTS["mixed"])
-    cut = open_folder(save_adapter(model, tmp_path / "old", base_name="tiny")).cut(6)
+    whole = open_folder(save_adapter(model, tmp_path / "old", base_name="tiny"))
+    cut = whole.cut(6)
     kept = {name for name, rank in cut.ranks.items() if rank == 4}
     assert kept and all(name.endswith("q_proj") for name in kept)
     assert {rank for name, rank in cut.ranks.items() if name not in kept} == {6}
     assert cut.parameters == sum(tensor.numel() for name, tensor in cut.tensors.items())
+    old = whole.adapter.tensors
+    assert all(torch.equal(cut.tensors[f"{name}.lora_{side}"], old[f"{name}.lora_{side}"]) for name in kept for side in "ab")
     merge(model)
 
 
