@@ -14,12 +14,28 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from halfbyte.api import Run, SaveAdapter, evaluate, generate, inject, load, load_adapter, merge, quantize, save_adapter, train
+    from halfbyte.api import (
+        Run,
+        SaveAdapter,
+        evaluate,
+        generate,
+        inject,
+        label,
+        load,
+        load_adapter,
+        merge,
+        quantize,
+        save_adapter,
+        train,
+    )
     from halfbyte.errors import HalfbyteError
 
 _HOMES = {
     **dict.fromkeys(
-        ("Run", "SaveAdapter", "evaluate", "generate", "inject", "load", "load_adapter", "merge", "quantize", "save_adapter", "train"),
+        (
+            "Run", "SaveAdapter", "evaluate", "generate", "inject", "label", "load", "load_adapter", "merge", "quantize", "save_adapter",
+            "train",
+        ),
         "halfbyte.api",
     ),
     "HalfbyteError": "halfbyte.errors",
@@ -32,6 +48,7 @@ __all__ = [
     "evaluate",
     "generate",
     "inject",
+    "label",
     "load",
     "load_adapter",
     "merge",

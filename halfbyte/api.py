@@ -20,8 +20,10 @@ from torch import nn
 from halfbyte.adapters import folder as adapter_folder
 from halfbyte.config import LoraConfig, RunConfig, TrainConfig, load_config, make
 from halfbyte.errors import ConfigError
+from halfbyte.evaluate.labelling import Label, label_texts
 from halfbyte.evaluate.opened import Opened, open_model
 from halfbyte.evaluate.rows import evaluate_rows
+from halfbyte.export.labelled import Labelled, label_to_file, require_new_file
 from halfbyte.export.merged import Merged, merge_to_folder
 from halfbyte.export.quantized import Quantized, calibration, quantize_to_folder
 from halfbyte.lora import inject as injection
@@ -42,6 +44,8 @@ __all__ = [
     "evaluate",
     "generate",
     "inject",
+    "label",
+    "label_file",
     "load",
     "load_adapter",
     "merge",
@@ -187,6 +191,42 @@ def generate(
     return _answer(opened, prompt, system, options)
 
 
+def label(
+    model: str | Path,
+    texts: str | Sequence[str],
+    *,
+    adapter: str | Path | None = None,
+    quant: str | None = None,
+    batch_size: int = 8,
+    allow_download: bool = False,
+    force_base: bool = False,
+) -> Label | list[Label | None] | None:
+    """What a classifier takes a text for, as (label, probability), or one for each of several; None for a text that it cannot read.
+
+    A text is read whole; one that is empty, or longer than what the model can see, gets None.
+    batch_size  texts at a time; changes the speed, not the labels
+    Raises ModelError for a model that is no classifier.
+    """
+    opened = open_model(model, adapter=adapter, quant=quant, allow_download=allow_download, force_base=force_base)
+    return _labels(opened, texts, batch_size)
+
+
+def label_file(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    text_field: str | None = None,
+    prefix: str = "",
+    batch_size: int = 8,
+    **opening: Any,
+) -> Labelled:
+    """The rows of a file with their labels, as a new file of JSON lines; see export/labelled.py.  `opening` as for `open_model`."""
+    require_new_file(Path(out), data)
+    opened = open_model(model, **opening)
+    return label_to_file(opened, data, Path(out), text_field=text_field, prefix=prefix, batch_size=batch_size)
+
+
 def merge(
     run: str | Path,
     out: str | Path,
@@ -227,6 +267,11 @@ def _answer(opened: Opened, prompt: str | Sequence[str], system: str | None, opt
     one = isinstance(prompt, str)
     answers = opened.answer([prompt] if isinstance(prompt, str) else prompt, system=system, **{"max_new_tokens": 256, **options})
     return answers[0] if one else answers
+
+
+def _labels(opened: Opened, texts: str | Sequence[str], batch_size: int) -> Label | list[Label | None] | None:
+    found = label_texts(opened, [texts] if isinstance(texts, str) else texts, batch_size=batch_size)
+    return found[0] if isinstance(texts, str) else found
 
 
 @dataclass(frozen=True)
@@ -287,6 +332,10 @@ class Run:
     def generate(self, prompt: str | Sequence[str], *, system: str | None = None, **options: Any) -> str | list[str]:
         """The trained model's answer to a prompt, or one for each of several."""
         return _answer(self.opened, prompt, system, options)
+
+    def label(self, texts: str | Sequence[str], *, batch_size: int = 8) -> Label | list[Label | None] | None:
+        """What the trained classifier takes a text for, or one answer for each of several; see `label`."""
+        return _labels(self.opened, texts, batch_size)
 
     def evaluate(self, data: str | Path, *, metrics: Sequence[str] = (), **options: Any) -> dict[str, float | int]:
         """Loss and scores of the trained model on rows; see `evaluate`."""

@@ -12,8 +12,8 @@ import pytest
 import halfbyte
 
 NAMES = [
-    "HalfbyteError", "Run", "SaveAdapter", "evaluate", "generate", "inject", "load", "load_adapter", "merge", "quantize", "save_adapter",
-    "train",
+    "HalfbyteError", "Run", "SaveAdapter", "evaluate", "generate", "inject", "label", "load", "load_adapter", "merge", "quantize",
+    "save_adapter", "train",
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from halfbyte import host, redact
-from halfbyte.cli import chat, compare, data, doctor, evaluate, generate, lr, merge, plan, quantize, quickstart, rank, train
+from halfbyte.cli import chat, compare, data, doctor, evaluate, generate, label, lr, merge, plan, quantize, quickstart, rank, train
 from halfbyte.errors import DoesNotFitError, HalfbyteError, Terminated
 from halfbyte.units import bytes_text
 
@@ -35,7 +35,10 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at a data file: is it usable, and what will be trained?")
 
-NOT_TRAINING = {"plan": "planned", "rank": "measured", "quantize": "written", "eval": "measured", "merge": "merged", "generate": "written"}
+NOT_TRAINING = {
+    "plan": "planned", "rank": "measured", "quantize": "written", "eval": "measured", "merge": "merged", "generate": "written",
+    "label": "written",
+}  # fmt: skip
 """What each of these commands has not done when it ends in an error."""
 
 
@@ -56,6 +59,7 @@ app.add_typer(data_app, name="data")
 data_app.command("check")(data.check)
 data_app.command("show")(data.show)
 app.command("eval")(evaluate.evaluate)
+app.command("label")(label.label)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)

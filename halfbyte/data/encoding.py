@@ -112,3 +112,8 @@ def labels_of(ids: Sequence[int], offsets: Sequence[Span], spans: Sequence[Span]
         if span is not None and max(high, low + 1) > span[0]:
             labels[number] = ids[number]
     return labels
+
+
+def class_tokens(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a text that is classified, with what the tokenizer puts around it; none of an empty one."""
+    return list(tokenizer(text, verbose=False).input_ids) if text.strip() else []

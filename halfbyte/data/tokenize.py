@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from halfbyte.config.data import DataConfig
-from halfbyte.data.encoding import Encoder, Span, labels_of
+from halfbyte.data.encoding import Encoder, Span, class_tokens, labels_of
 from halfbyte.data.faults import NOTHING, SHOWN, Problem, combined, error_of, shown
 from halfbyte.data.samples import ClassSample, Conversation, Sample, TextSample, TokenSample
 from halfbyte.data.templates import Rendered, Template, special_tokens
@@ -272,15 +272,15 @@ def _given(sample: TokenSample, vocabulary: int, tally: _Tally) -> list[Example 
 
 
 def _classified(sample: ClassSample, tokenizer: Any, names: tuple[str, ...], tally: _Tally) -> list[Example | Problem]:
-    if not sample.text.strip():
+    ids = class_tokens(sample.text, tokenizer)
+    if not ids:
         tally.drop("empty text")
         return []
     if sample.label not in names:
         return [
             Problem("E-DATA-055", sample.place, found=shown(sample.label), expected=", ".join(names), remedy=nearest(sample.label, names))
         ]
-    ids = tokenizer(sample.text, verbose=False).input_ids
-    return [Example(list(ids), [IGNORED] * len(ids), sample.row, sample.place, names.index(sample.label))]
+    return [Example(ids, [IGNORED] * len(ids), sample.row, sample.place, names.index(sample.label))]
 
 
 def fit(example: Example, limit: int, long_rows: str, bos_id: int | None, tally: _Tally, problems: list[Problem]) -> Example | None:

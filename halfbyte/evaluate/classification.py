@@ -8,7 +8,7 @@ so a rare class weighs as much as a common one; a classifier that always says th
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from halfbyte.data.batches import Batch, model_inputs
 from halfbyte.errors import DataError
@@ -34,6 +34,13 @@ def classification_scores(predictions: Sequence[int], labels: Sequence[int]) -> 
     return {"accuracy": sum(made == wanted for made, wanted in pairs) / len(pairs), "macro_f1": sum(scores) / len(scores)}
 
 
+def choose(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of each row the likeliest class (B,) int64 and its probability (B,) fp32: exp(z_c) / sum_k exp(z_k) over the logits z."""
+    logits = model(**model_inputs(batch)).logits.float()
+    best = logits.argmax(dim=-1)
+    return best, logits.softmax(dim=-1).gather(1, best[:, None])[:, 0]
+
+
 def predict(model: nn.Module, batches: Iterable[Batch]) -> tuple[list[int], list[int]]:
     """(predicted, true) class numbers over all rows, without dropout."""
     made: list[int] = []
@@ -42,7 +49,7 @@ def predict(model: nn.Module, batches: Iterable[Batch]) -> tuple[list[int], list
     with evaluating(model), torch.inference_mode():
         for batch in batches:
             here = batch.to(device)
-            made += model(**model_inputs(here)).logits.argmax(dim=-1).tolist()
+            made += choose(model, here)[0].tolist()
             wanted += here.labels.tolist()
     return made, wanted
 

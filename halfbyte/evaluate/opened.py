@@ -32,6 +32,7 @@ from halfbyte.formats import peft
 from halfbyte.models.calibrated_base import base_of_run
 from halfbyte.models.cast import cast
 from halfbyte.models.generate import generate, writes_no_text
+from halfbyte.models.heads import settle_padding
 from halfbyte.models.load import choose_dtype, load_model, load_tokenizer, task_of_folder
 from halfbyte.models.source import Source, did_you_mean, resolve
 
@@ -257,7 +258,8 @@ def open_model(
     if revision is None and config is not None and located.base == config.model.name:
         revision = config.model.revision
     source = resolve(located.base, revision=revision, allow_download=allow_download)
-    if writes and (config.model.task if config else task_of_folder(source)) == "sequence-classification":
+    task = config.model.task if config else task_of_folder(source)
+    if writes and task == "sequence-classification":
         raise writes_no_text(str(name))
     dtype = dtype or (config.model.dtype if config else "auto")
     begun = _loftq_adapter(located.adapter) if quant is None else None
@@ -265,7 +267,7 @@ def open_model(
         source,
         dtype=dtype if begun is None else "float32",
         quant=_storage(quant, config) if begun is None else None,
-        task=config.model.task if config else task_of_folder(source),
+        task=task,
         labels=config.model.labels if config else (),
     )
     if begun is not None and begun.loftq is not None:
@@ -275,7 +277,10 @@ def open_model(
         cast(model, choose_dtype(dtype)[0])
     model.to(compute_device(config.model.device if config else "auto"))  # type: ignore[arg-type]  # transformers' wrapper hides it
     template = template or (config.model.template if config else None)
-    opened = Opened(located, source, model, load_tokenizer(source), template, start_of(begun) if begun else None, force_base)
+    tokenizer = load_tokenizer(source)
+    if task == "sequence-classification":
+        settle_padding(model, tokenizer)
+    opened = Opened(located, source, model, tokenizer, template, start_of(begun) if begun else None, force_base)
     if located.adapter is not None:
         opened.activate(opened.add(located.adapter))
     return opened

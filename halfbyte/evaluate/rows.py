@@ -14,6 +14,7 @@ from pathlib import Path
 from halfbyte.config import DataConfig, make
 from halfbyte.data.batches import Batch, Batches
 from halfbyte.data.load import TrainData, load_data, require_task
+from halfbyte.data.tokenize import Example
 from halfbyte.errors import ConfigError, DataError
 from halfbyte.evaluate import generation
 from halfbyte.evaluate.classification import evaluate_classes
@@ -45,9 +46,8 @@ def evaluate_rows(
     Raises DataError and ConfigError.
     """
     _check_answers(opened, metrics, max_new_tokens)
-    _check_size(batch_size)
     read = _read(opened, data, max_rows, opened.train_on, own_columns)
-    batches = _batches(read, opened, batch_size)
+    batches = batches_of(read.train, opened, batch_size)
     seen = evaluate_loss(opened.model, batches)
     of_text = {} if opened.labels else {"perplexity": seen.perplexity, "tokens": seen.tokens}
     found: dict[str, float | int] = {"loss": seen.loss, **of_text, "rows": len(read.train)}
@@ -120,15 +120,7 @@ def answer_rows(
 
 def loss_batches(opened: Opened, data: str | Path, *, batch_size: int = 8, max_rows: int | None = None) -> list[Batch]:
     """The rows of a file as batches whose loss can be taken again and again.  Raises DataError and ConfigError."""
-    _check_size(batch_size)
-    return _batches(_read(opened, data, max_rows, opened.train_on), opened, batch_size)
-
-
-def _check_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ConfigError(
-            "a batch holds at least one row", code="E-CONF-088", place="--batch-size", found=str(batch_size), expected="1 or more"
-        )
+    return batches_of(_read(opened, data, max_rows, opened.train_on).train, opened, batch_size)
 
 
 def _check_answers(opened: Opened, metrics: Sequence[str], max_new_tokens: int | None) -> None:
@@ -167,9 +159,14 @@ def _read(opened: Opened, data: str | Path, max_rows: int | None, train_on: str,
     return read
 
 
-def _batches(read: TrainData, opened: Opened, batch_size: int) -> list[Batch]:
+def batches_of(examples: Sequence[Example], opened: Opened, batch_size: int) -> list[Batch]:
+    """Examples as batches in their order, padded on the right.  Raises ConfigError for a batch without rows."""
+    if batch_size < 1:
+        raise ConfigError(
+            "a batch holds at least one row", code="E-CONF-088", place="--batch-size", found=str(batch_size), expected="1 or more"
+        )
     pad = opened.tokenizer.pad_token_id
     batches = Batches(
-        read.train, micro_batch_size=batch_size, global_batch_size=batch_size, seed=0, pad_id=0 if pad is None else pad, shuffle=False
+        examples, micro_batch_size=batch_size, global_batch_size=batch_size, seed=0, pad_id=0 if pad is None else pad, shuffle=False
     )
     return [batch for window in batches.epoch(0) for batch in window]

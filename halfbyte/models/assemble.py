@@ -18,6 +18,7 @@ from halfbyte.data.templates import from_tokenizer
 from halfbyte.devices import compute_device
 from halfbyte.lora.inject import Injected, inject, total_parameters
 from halfbyte.models.calibrated_base import read_start
+from halfbyte.models.heads import settle_padding
 from halfbyte.models.load import choose_dtype, load_model, load_tokenizer
 from halfbyte.models.packed_folder import settled
 from halfbyte.models.packing_probe import require_separate
@@ -74,7 +75,7 @@ def assemble(config: RunConfig, *, for_training: bool = True, base: Path | None 
     if config.model.template is not None:  # what is written later carries the template it was trained with
         tokenizer.chat_template = from_tokenizer(tokenizer, config.model.template).source
     if config.model.task == "sequence-classification":
-        model.config.pad_token_id = tokenizer.pad_token_id
+        settle_padding(model, tokenizer)
     begun = read_start(model, source.folder, config.lora) if config.method != "full" and config.lora.init == "calibrated" else None
     injected = None if config.method == "full" else inject(model, config.lora, seed=config.train.seed, quant=quant, begun=begun)
     if injected is None:

@@ -52,6 +52,11 @@ class Head:
         return getattr(self.module, "bias", None)
 
 
+def settle_padding(model: Any, tokenizer: Any) -> None:
+    """A classifier answers at the last token that is not the padding token of its config: let that be the one that rows are padded with."""
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
 def hidden_of(model: Any, batch: Batch) -> Tensor:
     """The backbone's last hidden states (B, T, H), differentiable; no logits are made."""
     return model.base_model(**model_inputs(batch)).last_hidden_state
