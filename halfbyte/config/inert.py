@@ -69,6 +69,9 @@ INERT: Sequence[Inert] = (
 
 INERT_CODE = "E-CONF-170"
 
+EITHER_OR = (("train.max_steps", "train.epochs"), ("optim.warmup_steps", "optim.warmup_share"), ("data.eval_path", "data.eval_rows"))
+"""Two ways to say one thing.  In one place only one of them is taken; the command line's drops the other one of the file."""
+
 
 def resting_keys(run: RunConfig) -> dict[str, Inert]:
     """Every setting that does nothing in this run, with its reason."""

@@ -1,6 +1,7 @@
 """A settings file, then command-line overrides, then flags -> RunConfig, with every problem reported at once.
 
 What is given later wins: default < file < `key=value` and flags; the same key given twice on the command line with two values is refused.
+Of two settings that say one thing (inert.EITHER_OR) the command line's takes the place of the other one of the file.
 Keys may be written with - or _.  The lines of the file are remembered, so a message says where to look.
 """
 
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from halfbyte.config.base import Settings
 from halfbyte.config.field_problems import field_problems
-from halfbyte.config.inert import INERT_CODE
+from halfbyte.config.inert import EITHER_OR, INERT_CODE
 from halfbyte.config.problems import NOTHING_DONE, Problem, error_of
 from halfbyte.config.rules import text_of
 from halfbyte.config.run import SHORT_FORMS, RunConfig
@@ -92,6 +93,16 @@ def _given(overrides: Sequence[str], flags: Mapping[str, object], draft: _Draft,
     return given
 
 
+def _drop_other_halves(given: Mapping[str, Any], draft: _Draft) -> None:
+    """Take out of the file's settings what the command line says in the other way."""
+    for pair in EITHER_OR:
+        for said, other in (pair, pair[::-1]):
+            group, name = other.split(".")
+            values = draft.values.get(group)
+            if given.get(said) is not None and other not in given and isinstance(values, dict):
+                values.pop(name, None)
+
+
 def _apply(given: Mapping[str, Any], draft: _Draft, origin: str) -> None:
     for dotted, value in given.items():
         *parents, name = _split(dotted)
@@ -143,7 +154,9 @@ def read_settings(
     dotted keys with values that hold where nothing else says.
     """
     draft = _from_file(Path(path)) if path is not None else _Draft()
-    _apply(_given(overrides, flags or {}, draft, origin), draft, origin)
+    given = _given(overrides, flags or {}, draft, origin)
+    _drop_other_halves(given, draft)
+    _apply(given, draft, origin)
     for key, value in (unsaid or {}).items():
         group, name = key.split(".")
         values = draft.values.setdefault(group, {})

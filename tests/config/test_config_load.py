@@ -32,6 +32,35 @@ def test_command_line_beats_file_beats_default(tmp_path: Path) -> None:
     assert (config.lora.rank, config.lora.alpha, config.train.seed) == (4, 64, 7)
 
 
+@pytest.mark.parametrize(
+    ("file", "said", "other", "default"),
+    [
+        ("train: {epochs: 3}", "train.max_steps=7", "train.epochs", 1.0),
+        ("train: {max_steps: 7}", "train.epochs=3", "train.max_steps", None),
+        ("optim: {warmup_share: 0.2}", "optim.warmup_steps=2", "optim.warmup_share", None),
+        ("eval-path: held.jsonl", "data.eval_rows=9", "data.eval_path", None),
+    ],
+)  # fmt: skip
+def test_the_command_line_takes_the_place_of_the_other_half_in_the_file(
+    file: str, said: str, other: str, default: object, tmp_path: Path
+) -> None:
+    """And what is written of the settings names only the one in force; in one place both are refused, and null drops nothing."""
+    text = f"data: {{path: rows.jsonl, {file}}}\n" if file.startswith("eval") else f"data: rows.jsonl\n{file}\n"
+    config = _load(tmp_path, text, said)
+    key, value = said.split("=")
+    assert str(value_at(config, key)) in (value, f"{value}.0")
+    assert other.rpartition(".")[2] not in value_at(config, other.split(".")[0]).model_fields_set
+    if default is not None:
+        assert value_at(config, other) == default
+    assert _load(tmp_path, to_yaml(config)) == config
+    assert ("epochs" in to_yaml(config)) == (key == "train.epochs" or not key.startswith("train"))
+    with pytest.raises(ConfigError, match="E-CONF-170"):
+        _load(tmp_path, "data: rows.jsonl\n", "train.max_steps=7", "train.epochs=3")
+    with pytest.raises(ConfigError, match="E-CONF-170"):
+        _load(tmp_path, "data: rows.jsonl\ntrain: {max_steps: 7, epochs: 3}\n")
+    assert _load(tmp_path, "data: rows.jsonl\ntrain: {epochs: 3}\n", "train.max_steps=null").train.epochs == 3
+
+
 def test_an_override_of_a_group_keeps_the_rest_of_the_file(tmp_path: Path) -> None:
     config = _load(tmp_path, "data: {path: rows.jsonl, packing: true}\n", "data=other.jsonl")
     assert (config.data.path, config.data.packing) == ("other.jsonl", True)
