@@ -14,6 +14,7 @@ Sources: https://github.com/huggingface/transformers (modeling files of each fam
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -278,9 +279,20 @@ def _whole(values: Mapping[str, Any], key: str, place: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**40:
         raise ModelError(
             "a size in config.json is a whole number over 0", code="E-MODEL-904", place=f"{place}, {key}",
-            found="nothing" if value is None else str(value)[:80],
+            found="no such key" if not any(name in values for name in key.split("|")) else json.dumps(value, default=str)[:80],
+            expected="a whole number over 0, without quotes", remedy=_misspelt(values, key.split("|")[0]),
         )  # fmt: skip
     return value
+
+
+def _misspelt(values: Mapping[str, Any], key: str) -> str:
+    """A key that is there, is of no use and is nearly this one, where this one is missing."""
+    if key in values:
+        return ""
+    used = {name for keys in (_COMMON_KEYS, *(family.keys for family in FAMILIES.values())) for name in "|".join(keys.values()).split("|")}
+    others = [name for name, value in values.items() if name not in used and isinstance(value, int | float | str)]
+    near = get_close_matches(key, others, n=1, cutoff=0.8)
+    return f"rename {near[0]}, which is there, to {key}" if near else ""
 
 
 def _switch(values: Mapping[str, Any], key: str, unsaid: bool, place: str) -> bool:

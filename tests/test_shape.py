@@ -110,6 +110,27 @@ def test_a_bad_config_is_refused_with_its_key(change: dict[str, object], code: s
     assert next(iter(change)) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "written"), [("hidden_size", "hiden_size"), ("num_hidden_layers", "num_hiden_layers"), ("vocab_size", "vocabsize")]
+)
+def test_a_misspelt_key_is_named_beside_the_one_that_is_missing(key: str, written: str) -> None:
+    values = {written if name == key else name: value for name, value in {**SMOLLM2_135M, "hidden_act": "silu", "pad_token_id": 0}.items()}
+    with pytest.raises(ModelError) as caught:
+        ModelShape.from_config(values)
+    assert caught.value.found == "no such key" and caught.value.remedy == f"rename {written}, which is there, to {key}"
+    assert "a whole number over 0, without quotes" in str(caught.value)
+    del values[written]
+    with pytest.raises(ModelError) as caught:
+        ModelShape.from_config(values)
+    assert caught.value.found == "no such key" and not caught.value.remedy
+
+
+def test_a_size_in_quotes_is_shown_with_them() -> None:
+    with pytest.raises(ModelError) as caught:
+        ModelShape.from_config({**SMOLLM2_135M, "hidden_size": "576"})
+    assert caught.value.found == '"576"' and not caught.value.remedy
+
+
 def test_read_takes_a_folder_and_names_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="E-MODEL-901"):
         ModelShape.read(tmp_path)
