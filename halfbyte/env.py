@@ -8,6 +8,7 @@
 | NUMBA_CPU_NAME      | make CPU kernels for this processor (with NUMBA_CPU_FEATURES)  | this machine's      |
 | CUDA_VISIBLE_DEVICES | which accelerators CUDA shows to a program, by number or UUID | all of them         |
 | RANK                | set by a launcher of several processes; only number 0 speaks   | 0                   |
+| OMP_NUM_THREADS     | CPU threads of a run whose train.threads is auto               | one for each core   |
 | NO_COLOR            | any value switches colours off                                 | unset               |
 """
 
@@ -46,6 +47,12 @@ def rank() -> int:
 def visible_gpus() -> str | None:
     """The accelerators that CUDA shows, as CUDA's own variable lists them; None where it is not set, which means all."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def omp_threads() -> int | None:
+    """The threads that OpenMP's variable asks for, of a list the outermost; None where it is not set or no number from 1 on."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isascii() and first.isdigit() and len(first) < 9 and int(first) > 0 else None
 
 
 def no_color() -> bool:

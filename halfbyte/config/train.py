@@ -39,7 +39,7 @@ class TrainConfig(Settings):
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
     """At a loss or gradient that is not finite: stop, leave the step out, or return to the last checkpoint."""
     threads: Auto | Annotated[int, Field(ge=1, le=1024)] = "auto"
-    """CPU threads for arithmetic; auto is one for each core."""
+    """CPU threads for arithmetic; auto is what OMP_NUM_THREADS says, else one for each core."""
     sample_prompts: Annotated[int, Field(ge=0, le=100)] = 3
     """Held-out prompts whose answers before and after are put into the report."""
     verify_checkpoints: Switch = True

@@ -21,6 +21,7 @@ from halfbyte.models.load import load_tokenizer, token_limit
 from halfbyte.models.source import resolve
 from halfbyte.studies.runs import Folder, call, failure, read_json, write_json
 from halfbyte.train.calibrated_base import settled, with_calibrated_base
+from halfbyte.train.resolve import auto_threads
 from halfbyte.train.run_folder import RunFolder
 
 
@@ -50,7 +51,7 @@ def make(config: RunConfig) -> dict[str, Any]:
     """Calibrate as a training run with these settings would; see the top of this module."""
     began = time.monotonic()
     threads = config.train.threads
-    devices.set_threads(host.usable_cores() if threads == "auto" else threads)
+    devices.set_threads(auto_threads() if threads == "auto" else threads)
     source = resolve(config.model.name, revision=config.model.revision, allow_download=config.model.allow_download)
     data = load_data(config.data, load_tokenizer(source), model_limit=token_limit(source), template=config.model.template)
     decided, base = with_calibrated_base(config, source, data)

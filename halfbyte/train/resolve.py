@@ -4,6 +4,7 @@
     micro-batch        the largest divisor of the global batch whose longest rows stay within the device's token budget; where a plan was
                        made (plan/decide.py), what it chose, as for activations
     evaluate, save     about eight times a run
+    threads            what OMP_NUM_THREADS says, else one for each core
 """
 
 import math
@@ -11,13 +12,15 @@ from typing import Any
 
 import torch
 
-from halfbyte import host
+from halfbyte import env, host
 from halfbyte.config.run import RunConfig
+from halfbyte.log import logger
 from halfbyte.plan.decide import divisors
 from halfbyte.plan.search import BATCH_TOKENS
 
 EVALUATIONS = 8
 LARGE_MODEL = 3_000_000_000
+MOST_THREADS = 1024  # what train.threads takes
 
 
 def total_steps(config: RunConfig, items: int) -> int:
@@ -34,6 +37,16 @@ def learning_rate(method: str, total_params: int) -> float:
     """
     rate = 5e-4 if total_params < LARGE_MODEL else 2e-4
     return rate / 10 if method == "full" else rate
+
+
+def auto_threads() -> int:
+    """One for each core, unless OMP_NUM_THREADS asks for another number; that is told."""
+    cores, asked = host.usable_cores(), env.omp_threads()
+    if asked is None or asked == cores:
+        return cores
+    threads = min(asked, MOST_THREADS)
+    logger().info("train.threads=%d: OMP_NUM_THREADS is set; there are %d cores", threads, cores)
+    return threads
 
 
 def resolve(config: RunConfig, *, total_params: int, items: int, eval_items: int, longest: int, device: torch.device) -> RunConfig:
@@ -53,7 +66,7 @@ def resolve(config: RunConfig, *, total_params: int, items: int, eval_items: int
     if config.train.save_every_steps == "auto":
         train["save_every_steps"] = every
     if config.train.threads == "auto":
-        train["threads"] = host.usable_cores()
+        train["threads"] = auto_threads()
     optim: dict[str, Any] = {}
     if config.optim.learning_rate == "auto":
         optim["learning_rate"] = learning_rate(config.method, total_params)

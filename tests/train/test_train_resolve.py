@@ -53,3 +53,17 @@ def test_evaluations_and_saves_are_about_eight() -> None:
 def test_nothing_is_left_to_chance() -> None:
     config = resolved()
     assert "auto" not in (*config.train.model_dump().values(), *config.optim.model_dump().values())
+
+
+@pytest.mark.parametrize(("said", "threads"), [
+    ("3", 3), ("2,1", 2), (" 5 ", 5), ("9999", 1024), ("", 7), ("0", 7), ("-1", 7), ("many", 7), ("\u0663", 7), ("7", 7),
+])  # fmt: skip
+def test_the_number_of_threads_somebody_set_is_obeyed(
+    said: str, threads: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And it is told why; what is no number leaves one for each core, and the setting itself beats the variable."""
+    monkeypatch.setattr(resolve.host, "usable_cores", lambda: 7)
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert resolved().train.threads == threads
+    assert (f"train.threads={threads}: OMP_NUM_THREADS is set; there are 7 cores" in capsys.readouterr().err) == (threads != 7)
+    assert resolved(train={"threads": 4}).train.threads == 4 and not capsys.readouterr().err
