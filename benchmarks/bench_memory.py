@@ -1,15 +1,15 @@
 """Predicted against measured peak memory on the CPU: methods, ranks, lengths, labels, packing, activation policies and model shapes.
 
-    python -m benchmarks.bench_memory [--only NUMBER ...] [--work FOLDER]      about ten minutes on two cores; resumes
+    python -m benchmarks.bench_memory [--only NUMBER ...] [--work FOLDER]      about half an hour on two cores; resumes
 
-Each setting is one process.  It makes the model ready as `halfbyte train` does, takes three optimizer steps on rows of random tokens, and
-reports the most resident memory it had in them (VmHWM).  Beside it stands what `halfbyte plan` says for the same setting, with its one
-measured number (the program's own memory) and no other.  That number is measured here as well (`program_bytes`): what a process holds
-after steps on a model of next to no size.  Models: the starter, and two with random weights whose proportions are those of a wide and
-of a narrow, deep decoder.
+Each setting is a run of `halfbyte train` from its start to its report: three optimizer steps on rows of random tokens, with evaluations
+and checkpoints.  Measured is the most resident memory the process had in all of it (VmHWM), which is what the run tells its user.
+Beside it stands what `halfbyte plan` says for the same setting, with its one measured number (the program's own memory) and no other.
+That number is measured here as well (`program_bytes`): what the same run holds for a model of next to no size.  Models: the starter,
+and two with random weights whose proportions are those of a wide and of a narrow, deep decoder.
 
-Pages of the model's mapped file are taken out of the process before the steps, as the system does when memory is short; those that
-are used come back and count.  Kernels are compiled before (a setting that had to compile is measured again).
+Kernels are compiled before (a setting that had to compile is measured again).  `said_bytes` is what the run's own plan said when it was
+measured; a setting where that is not what is predicted here is an error.
 `policies` compares, for each activation policy, the peak with what its formula says (docs/memory.md).
 `fits_wrongly` counts settings whose measured peak is above what the plan would have called enough, its margin included.
 A setting that was measured with the same code is not measured again; predictions are always made afresh.
@@ -18,13 +18,16 @@ A setting that was measured with the same code is not measured again; prediction
 import argparse
 import hashlib
 import json
+import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from benchmarks import record
-from benchmarks.meter import status_bytes
 from benchmarks.random_model import VOCABULARY, folder_of
 from halfbyte.plan.hardware import PROGRAM_BYTES
 
@@ -49,36 +52,31 @@ CHANGES: list[dict[str, Any]] = [
 ]  # fmt: skip
 PROGRAM: dict[str, Any] = {**BASE, "model": "none", "rank": 1, "tokens": 64, "rows": 1}
 STEPS = 3
-CODE = ("kernels", "models", "quant", "lora", "optim", "data/batches.py", "train/step.py", "train/loss.py", "devices.py")
 ALLOWED = {"prediction": 0.10, "policy": 0.15}
 
 
-def run_config(setting: dict[str, Any], folder: str) -> Any:
+def run_config(setting: dict[str, Any], folder: str, rows: str = "-") -> Any:
     """The settings of a training run that is like this one."""
     from halfbyte.config.run import RunConfig
 
     adapter = {} if setting["method"] == "full" else {"lora": {"rank": setting["rank"]}}
+    held_out = setting["rows"] * (4 if setting["packing"] else 1)
     return RunConfig.model_validate({
-        "method": setting["method"], "data": {"path": "-", "packing": setting["packing"]},
-        "model": {"name": folder, "dtype": setting["dtype"]}, "optim": {"state": setting["state"]},
+        "method": setting["method"],
+        "model": {"name": folder, "dtype": setting["dtype"]},
+        "data": {"path": rows, "packing": setting["packing"], "max_tokens": setting["tokens"], "eval_rows": held_out},
+        "optim": {"state": setting["state"]},
         "train": {"activations": setting["policy"], "global_batch_size": setting["rows"], "micro_batch_size": setting["rows"]}, **adapter,
     })  # fmt: skip
 
 
-def window_of(setting: dict[str, Any], generator: Any) -> list[Any]:
-    """One batch of random tokens; packed rows hold four samples each."""
-    import torch
-
-    from halfbyte.data.batches import collate
-    from halfbyte.data.packing import pack
-    from halfbyte.data.tokenize import IGNORED, Example
-
-    rows, tokens, packing = setting["rows"], setting["tokens"], setting["packing"]
-    count, length = (rows * 4, tokens // 4) if packing else (rows, tokens)
-    ids = torch.randint(0, VOCABULARY, (count, length), generator=generator).tolist()
-    hidden = round(length * (1 - setting["labelled"]))
-    examples = [Example(row, [IGNORED] * hidden + row[hidden:], number, "-") for number, row in enumerate(ids)]
-    return [collate(pack(examples, tokens) if packing else examples, pad_id=0)]
+def write_rows(path: Path, setting: dict[str, Any]) -> None:
+    """Rows of random tokens for the steps and one batch held out; where they are packed, four fill a row."""
+    length = setting["tokens"] // 4 if setting["packing"] else setting["tokens"]
+    count = (STEPS + 1) * setting["rows"] * (4 if setting["packing"] else 1)
+    draw, hidden = random.Random(0), round(length * (1 - setting["labelled"]))
+    rows = ([draw.randrange(VOCABULARY) for _ in range(length)] for _ in range(count))
+    path.write_text("".join(json.dumps({"input_ids": row, "labels": [-100] * hidden + row[hidden:]}) + "\n" for row in rows))
 
 
 def compiled_kernels() -> int:
@@ -88,53 +86,22 @@ def compiled_kernels() -> int:
     return sum(1 for _ in (env.cache_dir() / "kernels").rglob("*"))
 
 
-def let_go_of_mapped_pages() -> None:
-    """Drop clean pages of mapped model files from this process; they are read again from the file where they are used."""
-    import ctypes
-    import re
-
-    dont_need, anonymous = 4, 0
-    for block in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
-        head = block.partition("\n")[0]
-        if head.endswith(".safetensors"):
-            anonymous = int(re.search(r"Anonymous: +(\d+)", block)[1])  # type: ignore[index]
-            start, end = (int(part, 16) for part in head.split()[0].split("-"))
-            if anonymous == 0 and ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), dont_need) != 0:
-                raise RuntimeError("mapped pages could not be dropped")
-
-
 def measure(setting: dict[str, Any], folder: str, threads: int) -> dict[str, Any]:
-    """Three steps in this process, as the trainer takes them."""
-    import torch
-
-    from halfbyte.devices import FreedMemory
-    from halfbyte.models.assemble import assemble
-    from halfbyte.models.heads import head_of
-    from halfbyte.models.recompute import use_policy
-    from halfbyte.optim.adamw import AdamW
-    from halfbyte.train.step import train_step
-
-    torch.set_num_threads(threads)
-    made = assemble(run_config(setting, folder))
-    use_policy(made.model, setting["policy"])
-    freed = FreedMemory() if setting["packing"] else None
-    trained = [parameter for parameter in made.model.parameters() if parameter.requires_grad]
-    optimizer, head = AdamW([{"params": trained}], lr=1e-4, state=setting["state"]), head_of(made.model)
-    optimizer.allocate()
-    loaded = {"loaded_bytes": status_bytes("VmRSS"), "loaded_anon_bytes": status_bytes("RssAnon"), "load_peak_bytes": status_bytes("VmHWM")}
-    let_go_of_mapped_pages()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    kernels = compiled_kernels()
-    generator, after = torch.Generator().manual_seed(0), []
-    for _ in range(STEPS):
-        train_step(made.model, head, window_of(setting, generator), optimizer, clip_norm=1.0)
-        after.append(status_bytes("VmHWM"))
-        if freed is not None:
-            freed.bound()
-    return {
-        "measured_bytes": status_bytes("VmHWM"), "peak_after_each_step": after, "rss_file_bytes": status_bytes("RssFile"), **loaded,
-        "compiled": compiled_kernels() - kernels,
-    }  # fmt: skip
+    """`halfbyte train` in a process of its own: what its plan said, and the most memory it had."""
+    with tempfile.TemporaryDirectory() as work:
+        rows, out = Path(work) / "rows.jsonl", Path(work) / "run"
+        write_rows(rows, setting)
+        settings = run_config(setting, folder, str(rows)).model_dump(mode="json", exclude_unset=True)
+        settings |= {"out": str(out), "train": {**settings["train"], "threads": threads, "max_steps": STEPS}}
+        (Path(work) / "run.yaml").write_text(yaml.safe_dump(settings))
+        before = compiled_kernels()
+        command = [sys.executable, "-m", "halfbyte", "train", f"{work}/run.yaml"]
+        ran = subprocess.run(command, capture_output=True, text=True, cwd=record.ROOT)
+        if ran.returncode != 0:
+            raise SystemExit(f"{setting} failed:\n{ran.stdout[-1000:]}{ran.stderr[-2000:]}")
+        said, done = json.loads((out / "plan.json").read_text()), json.loads((out / "run.json").read_text())
+        found = {"measured_bytes": done["peak_memory_bytes"], "said_bytes": said["predicted_peak_bytes"]}
+        return {**found, "compiled": compiled_kernels() - before}
 
 
 def predict(setting: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -162,10 +129,8 @@ def predict(setting: dict[str, Any], folder: str) -> dict[str, Any]:
 def code_digest() -> str:
     """Identity of the code whose memory is measured."""
     digest = hashlib.sha256(str(STEPS).encode())
-    for name in CODE:
-        path = record.ROOT / "halfbyte" / name
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(file.read_bytes())
+    for file in sorted((record.ROOT / "halfbyte").rglob("*.py")):
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -177,13 +142,7 @@ def measured(setting: dict[str, Any], folder: str, options: argparse.Namespace, 
         found = json.loads(path.read_text())
         if options.any_code or (found["code"], found["threads"]) == (code, options.threads):
             return dict(found["figures"])
-    one = json.dumps({"setting": setting, "folder": folder, "threads": options.threads})
-    command = [sys.executable, "-m", "benchmarks.bench_memory", "--one", one]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=record.ROOT)
-    if ran.returncode != 0:
-        raise SystemExit(f"{setting} failed:\n{ran.stderr[-2000:]}")
-    line = next(line for line in ran.stdout.splitlines() if line.startswith("result "))
-    figures = json.loads(line.removeprefix("result "))
+    figures = measure(setting, folder, options.threads)
     if figures["compiled"] and again:
         return measured(setting, folder, options, again=False)
     path.write_text(json.dumps({"code": code, "threads": options.threads, "setting": setting, "figures": figures}) + "\n")
@@ -216,15 +175,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=record.ROOT / "runs" / "bench-memory", help="folder for models and single results")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--any-code", action="store_true", help="take what was measured with other code too; then nothing is written")
-    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> int:
     options = parse()
-    if options.one is not None:
-        print("result " + json.dumps(measure(options.one["setting"], options.one["folder"], options.one["threads"])))
-        return 0
     options.work.mkdir(parents=True, exist_ok=True)
     rows = []
     nothing = measured(PROGRAM, folder_of(options.work / "none", MODELS["none"]), options)

@@ -75,6 +75,22 @@ def predict(setting: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"predicted_bytes": memory.total, "peak": memory.peak, "terms": {term.name: term.bytes for term in memory.terms}}
 
 
+def window_of(setting: dict[str, Any], generator: Any) -> list[Any]:
+    """One batch of random tokens; packed rows hold four samples each."""
+    import torch
+
+    from halfbyte.data.batches import collate
+    from halfbyte.data.packing import pack
+    from halfbyte.data.tokenize import IGNORED, Example
+
+    rows, tokens, packing = setting["rows"], setting["tokens"], setting["packing"]
+    count, length = (rows * 4, tokens // 4) if packing else (rows, tokens)
+    ids = torch.randint(0, bench_memory.VOCABULARY, (count, length), generator=generator).tolist()
+    hidden = round(length * (1 - setting["labelled"]))
+    examples = [Example(row, [IGNORED] * hidden + row[hidden:], number, "-") for number, row in enumerate(ids)]
+    return [collate(pack(examples, tokens) if packing else examples, pad_id=0)]
+
+
 def measure(wanted: dict[str, Any]) -> dict[str, Any]:
     """Three steps in this process, as the trainer takes them."""
     import torch
@@ -97,7 +113,7 @@ def measure(wanted: dict[str, Any]) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     generator, after = torch.Generator().manual_seed(0), []
     for _ in range(bench_memory.STEPS):
-        train_step(made.model, head, bench_memory.window_of(setting, generator), optimizer, clip_norm=1.0)
+        train_step(made.model, head, window_of(setting, generator), optimizer, clip_norm=1.0)
         after.append(torch.cuda.max_memory_allocated() if cuda else host.peak_rss_bytes())
     if not cuda:
         return {"measured_bytes": after[-1], "reserved_bytes": after[-1], "context_bytes": 0, "peak_after_each_step": after}

@@ -5,14 +5,16 @@ what the program itself allocated.  A model file that is mapped and read shows i
 stated as RssAnon and whole runs as peak RSS.  Source of the fields: https://man7.org/linux/man-pages/man5/proc_pid_status.5.html
 """
 
+import ctypes
 import errno
 import hashlib
 import os
 import platform
+import re
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,6 +42,7 @@ _WATCHED_FLAGS = (
 
 CONTROL_GROUP, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 ALLOCATOR_TEXTS = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+MADV_DONTNEED = 4
 NATIVE_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 """Instruction sets that multiply bfloat16."""
 
@@ -171,6 +174,23 @@ def peak_rss_bytes() -> int:
         return seen
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def drop_mapped_pages(files: Iterable[Path]) -> None:
+    """Give the pages of these mapped files back to the system; one that is used again comes from the system's file cache.
+
+    A mapping with pages of its own (written to since) is left alone, for they would be lost.  Does nothing where the system has no
+    /proc/self/smaps.  Source: MADV_DONTNEED, https://man7.org/linux/man-pages/man2/madvise.2.html
+    """
+    smaps, wanted = Path("/proc/self/smaps"), {str(file.resolve()) for file in files}
+    if not wanted or not smaps.is_file():
+        return
+    advise = ctypes.CDLL(None).madvise
+    for mapping in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", smaps.read_text(errors="replace")):
+        head, _, fields = mapping.partition("\n")
+        if head.split(maxsplit=5)[-1] in wanted and re.search(r"^Anonymous: +0 kB", fields, re.MULTILINE):
+            start, end = (int(part, 16) for part in head.split()[0].split("-"))
+            advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 
 
 def _status_bytes(field: str) -> int:

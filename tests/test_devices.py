@@ -173,3 +173,22 @@ def test_the_share_of_the_processor_is_what_is_given_now() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert 0.0 < float(done.stdout) < 0.75
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="this system does not tell what is mapped")
+def test_mapped_pages_are_given_back_and_read_again_but_not_those_written_to(tmp_path: Path) -> None:
+    size, held = 8 << 20, []
+    for name in ("read", "written"):
+        (tmp_path / name).write_bytes(bytes(range(256)) * (size // 256))
+        with (tmp_path / name).open("rb") as file:
+            held.append(mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE))
+        assert sum(held[-1][::4096]) == 0
+    held[1][5] = 77
+    before = _file_bytes()
+    host.drop_mapped_pages([tmp_path / "read", tmp_path / "written", tmp_path / "not-there"])
+    assert size // 2 < before - _file_bytes() < 1.5 * size
+    assert held[0][300] == 300 % 256 and held[1][5] == 77
+
+
+def _file_bytes() -> int:
+    return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))

@@ -92,6 +92,7 @@ def load_model(
         require_values(model, packing.report.written, folder)
     _check_finite(model)
     rope.restore(model)
+    host.drop_mapped_pages(folder.glob("*.safetensors"))  # of what was packed or cast, nothing is read again
     return model
 
 
@@ -122,7 +123,9 @@ def _packing(raw: dict[str, object], quant: QuantConfig | None, tensors: dict[st
     if wanted is None:
         return None
     named = "nf4" if wanted.format == "auto" else wanted.format
-    return LoadConfig(named, wanted.blocksize, wanted.double_quant, wanted.skip, wanted.quantize_head)
+    made = LoadConfig(named, wanted.blocksize, wanted.double_quant, wanted.skip, wanted.quantize_head)
+    made.report.files = sorted(folder.glob("*.safetensors"))
+    return made
 
 
 def _from_pretrained(

@@ -15,6 +15,7 @@ import inspect
 import re
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from halfbyte import surgery
+from halfbyte import host, surgery
 from halfbyte.config.patterns import skips
 from halfbyte.errors import HalfbyteError, ModelError, WeightError, nearest
 from halfbyte.formats import bnb4bit
@@ -36,6 +37,7 @@ from halfbyte.quant.linear import STATE_BUFFERS, QuantLinear
 from halfbyte.quant.quant_state import QuantState
 
 METHOD = "halfbyte"
+KEPT_PAGES = 256 << 20  # bytes of weights that are packed before their pages are given back
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _ROUTER_WORDS = frozenset({"router", "gate", "gating", "shared_expert_gate", "shared_experts_gate"})
 
@@ -48,9 +50,12 @@ class Report:
     written     names of the weights that got their packed values
     transposed  those that keep (in, out) in the file
     renaming    transformers' conversions between the names and layouts of the file and those of the model, for writing it back
+    files       the mapped files the weights come from
     """
 
     def __init__(self) -> None:
+        self.files: list[Path] = []
+        self._read = 0
         self.fault: HalfbyteError | None = None
         self.quantized: list[str] = []
         self.written: set[str] = set()
@@ -59,6 +64,13 @@ class Report:
 
     def __deepcopy__(self, memo: object) -> "Report":
         return self
+
+    def packed(self, weight: torch.Tensor) -> None:
+        """Note a weight that will not be read again; from time to time the pages read so far go back to the system."""
+        self._read += weight.nbytes
+        if self._read >= KEPT_PAGES:
+            host.drop_mapped_pages(self.files)
+            self._read = 0
 
 
 @register_quantization_config(METHOD)
@@ -101,6 +113,7 @@ class QuantizeArriving(ConversionOps):
             try:
                 made.update(_packed(model, name, tensor, self.config))
                 self.config.report.written.add(name)
+                self.config.report.packed(tensor)
             except HalfbyteError as fault:
                 self.config.report.fault = self.config.report.fault or fault
                 raise

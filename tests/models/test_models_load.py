@@ -1,6 +1,7 @@
 """What a load gives: the same numbers as transformers, packed layers where they belong, exact rotary frequencies, nothing run."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from halfbyte import host
 from halfbyte.config.patterns import skips
 from halfbyte.config.quant import QuantConfig
 from halfbyte.errors import ModelError
-from halfbyte.models import load
+from halfbyte.models import load, quantizer
 from halfbyte.models.load import choose_dtype, load_model, load_tokenizer, token_limit
 from halfbyte.models.quantizer import layers_to_quantize
 from halfbyte.models.rope import exact_buffers, restore, rotary_modules
@@ -274,3 +276,29 @@ def write_golden() -> None:
 
 if __name__ == "__main__":
     write_golden()
+
+
+def _mapped_bytes(file: Path) -> int:
+    """Resident pages of a mapped file in this process."""
+    blocks = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    return sum(int(re.search(r"^Rss: +(\d+) kB", block, re.MULTILINE)[1]) << 10 for block in blocks if f"{file}\n" in block)  # type: ignore[index]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="this system does not tell what is mapped")
+def test_pages_of_the_files_go_back_while_a_model_is_packed_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path)
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 2048}
+    make_model(**sizes).to(torch.bfloat16).save_pretrained(tmp_path)  # of the dtype it is used in: embeddings stay in the mapped file
+    held, real = [], host.drop_mapped_pages
+
+    def seen(files: Any) -> None:
+        real(files)
+        held.append(_mapped_bytes(tmp_path / "model.safetensors"))
+
+    monkeypatch.setattr(host, "drop_mapped_pages", seen)
+    monkeypatch.setattr(quantizer, "KEPT_PAGES", 1 << 20)
+    model = load_model(tmp_path, quant=QuantConfig(format="nf4"), dtype="bfloat16")
+    assert len(held) > 4 and max(held) <= 1 << 20 < (tmp_path / "model.safetensors").stat().st_size // 8
+    assert _mapped_bytes(tmp_path / "model.safetensors") <= 1 << 16
+    assert torch.isfinite(model(torch.arange(3, 9)[None]).logits).all()
+    assert _mapped_bytes(tmp_path / "model.safetensors") > 0

@@ -266,4 +266,18 @@ MUTANTS = [
         '    if choice == "cuda" and not torch.cuda.is_available():\n        raise', "    if False:\n        raise",
         _TEST_DEVICES + "test_a_gpu_that_is_not_there_is_refused",
     ),
+    Mutant(
+        "T0", "mapped pages that were written to are thrown away", "halfbyte/host.py",
+        'and re.search(r"^Anonymous: +0 kB", fields, re.MULTILINE)',
+        "and fields", _TEST_DEVICES + "test_mapped_pages_are_given_back_and_read_again_but_not_those_written_to",
+    ),
+    Mutant(
+        "T0", "pages of a model's file pile up while it is packed", _QUANTIZER, "host.drop_mapped_pages(self.files)", "pass",
+        _TEST_LOAD + "test_pages_of_the_files_go_back_while_a_model_is_packed_and_after",
+    ),
+    Mutant(
+        "T0", "pages of a model's file stay after it is packed", "halfbyte/models/load.py",
+        '    host.drop_mapped_pages(folder.glob("*.safetensors"))', "    pass",
+        _TEST_LOAD + "test_pages_of_the_files_go_back_while_a_model_is_packed_and_after",
+    ),
 ]
