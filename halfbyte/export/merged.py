@@ -101,18 +101,7 @@ def merge_to_folder(
                               nothing_done="Nothing was merged.")  # fmt: skip
     folder.require_new(out)
     require_folder(run)
-    located = locate(run, base=model)
-    if located.adapter is None:
-        raise AdapterError(
-            "only a model with an adapter can be merged",
-            code="E-ADAPT-081",
-            place=str(run),
-            found="no adapter folder",
-            remedy="name a run of method qlora or lora, or an adapter folder",
-            nothing_done="Nothing was merged.",
-        )
-    if onto == "original":
-        _require_own_base(run, located)
+    _require_mergeable(run, locate(run, base=model), onto)
     opening: dict[str, Any] = {"base": model, "allow_download": allow_download, "force_base": force_base}
     opening["dtype"] = None if dtype == "bfloat16" else "float32"  # rounded once, to the type that is written
     opened = open_model(run, **opening)
@@ -151,10 +140,15 @@ def merge_to_folder(
     return Merged(out, onto, base, storage, dtype, count, dequantized, error, untied, folder.size_of(out), difference, classifies)
 
 
-def _require_own_base(run: str | Path, located: Located) -> None:
-    """Raise AdapterError for an adapter that began on the error of a calibrated base: the original weights do not have that error."""
+def _require_mergeable(run: str | Path, located: Located, onto: str) -> None:
+    """Raise AdapterError where no adapter is, and for one that began on an error of its base which the original weights do not have."""
+    if located.adapter is None:
+        raise AdapterError(
+            "only a model with an adapter can be merged", code="E-ADAPT-081", place=str(run), found="no adapter folder",
+            remedy="name a run of method qlora or lora, or an adapter folder", nothing_done="Nothing was merged.",
+        )  # fmt: skip
     config = located.config
-    if config is not None and (config.quant.calibrate is True or config.lora.init == "calibrated"):
+    if onto == "original" and config is not None and (config.quant.calibrate is True or config.lora.init == "calibrated"):
         raise AdapterError(
             "the adapter of a calibrated base belongs to that base", code="E-ADAPT-084", place=str(run), found="--onto original",
             expected="--onto trained", remedy="leave --onto out", nothing_done="Nothing was merged.",
