@@ -34,7 +34,8 @@ State = Annotated[str | None, typer.Option("--state", metavar="float32|int8", he
 Json = Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")]
 Page = Annotated[str | None, typer.Option("--page", metavar="FILE", help="Write the answer as a page of its own as well.")]
 Calibrate = Annotated[
-    bool, typer.Option("--calibrate", help="Measure this machine at the model's widths first, for the times; kept in the cache folder.")
+    bool,
+    typer.Option("--calibrate", help="Measure the rates of this machine first, for the times; kept in the cache. Not quant.calibrate."),
 ]
 Download = Annotated[
     bool, typer.Option("--allow-download", help="Fetch a Hub id's config and tokenizer, no weights; else nothing is fetched.")

@@ -1,7 +1,7 @@
 """A question about a model, and the whole answer: what `halfbyte plan` prints and what --json gives.
 
 Everything that is an estimate says so; memory is a prediction from shapes (memory.py), rows are counted by data/lengths.py.  Time comes
-from a calibration of this machine (rates.py); for a card that is known by name alone, a lower bound from its published peak.
+from rates measured on this machine (rates.py); for a card that is known by name alone, a lower bound from its published peak.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -144,7 +144,7 @@ def peak_of(hardware: Hardware) -> float | None:
 
 
 def seconds_per_step(given: Answer, one: Option) -> float | None:
-    """Estimated seconds of the mean optimizer step; None where this place is neither calibrated nor a card with a published peak."""
+    """Estimated seconds of the mean optimizer step; None without measured rates of this place or a published peak."""
     question = given.question
     if given.rates is not None:
         return seconds_of_step(question.shape, one.setting, given.rates, question.global_batch_size, kept_rows(question))
@@ -156,15 +156,15 @@ def seconds_per_step(given: Answer, one: Option) -> float | None:
 
 
 def time_source(given: Answer) -> str:
-    """Where the times come from, in words; "not calibrated" where there are none."""
+    """Where the times come from, in words; "not measured" where there are none."""
     rates, hardware = given.rates, given.question.hardware
     if rates is not None:
         near = "" if rates.widths == widths_of(given.question.shape) else f" at the widths of another model ({rates.widths.hidden:,})"
-        return f"estimate from the calibration of this machine on {rates.date}{near}"
+        return f"estimate from the rates of this machine, measured on {rates.date}{near}"
     peak = peak_of(hardware)
     if peak is not None:
         return f"at the least: estimate from the published peak, {peak / 1e12:,.0f} TFLOP/s, of which runs reach a part"
-    return "not calibrated"
+    return "not measured"
 
 
 def steps_per_epoch(given: Answer) -> int | None:

@@ -155,7 +155,7 @@ def with_time(decision: Decision, rates: Rates | None) -> Decision:
     seconds = seconds_of_step(
         decision.shape, decision.option.setting, rates, decision.config.train.global_batch_size, rows_at_once(decision)
     )
-    return replace(decision, seconds_per_step=seconds, measured=f"this machine's calibration of {rates.date}")
+    return replace(decision, seconds_per_step=seconds, measured=f"this machine's rates, measured on {rates.date}")
 
 
 def applied(config: RunConfig, choices: Sequence[Choice]) -> RunConfig:

@@ -24,4 +24,4 @@ def advice(shape: ModelShape, format: str) -> str:
     """A line for a plan of qlora; empty where plain 4 bits serve, for other storage, and for files that are packed already."""
     worth, why = worth_calibrating(shape)
     fits = format in ("nf4", "fp4") and not shape.packed
-    return f"{why}; quant.calibrate=true makes a better base first" if worth and fits else ""
+    return f"{why}; quant.calibrate=true makes a better, calibrated base first" if worth and fits else ""

@@ -60,7 +60,7 @@ def ask(
     place = _place(gpu, gpu_memory, config.model.device)
     if calibrate and place.name != PROCESSOR:
         raise ConfigError(
-            "only this machine's processor can be calibrated", code="E-CONF-407", place="--calibrate", found=place.name,
+            "rates are measured on this machine's processor alone", code="E-CONF-407", place="--calibrate", found=place.name,
             remedy="leave --calibrate out; times for a card are estimates from its published peak", nothing_done="Nothing was planned.",
         )  # fmt: skip
     if step != GLOBAL_BATCH_SIZE and config.train.global_batch_size == step:

@@ -171,7 +171,7 @@ def keep(rates: Rates, path: Path | None = None) -> Path:
         with contextlib.suppress(OSError):
             fresh.unlink()
         raise StorageError(
-            "the cache folder must be writable to keep a calibration", code="E-STORE-401", place=str(path),
+            "the cache folder must be writable to keep the rates of this machine", code="E-STORE-401", place=str(path),
             found=fault.strerror or str(fault),
             remedy="free some space, or name another folder with HALFBYTE_CACHE", nothing_done="Nothing was kept.",
         ) from fault  # fmt: skip
@@ -191,7 +191,7 @@ def require_idle() -> None:
             "a machine is measured while it is idle", code="E-ENV-403", place="--calibrate",
             found=f"{percent_text(share)} of the time of {host.usable_cores()} cores, others take the rest",
             expected=f"at least {percent_text(IDLE)}",
-            remedy="repeat it once the machine is idle, or leave --calibrate out; a later calibration takes the place of an earlier one",
+            remedy="repeat it once the machine is idle, or leave --calibrate out; a later measurement takes the place of an earlier one",
             nothing_done="Nothing was measured.",
         )  # fmt: skip
 
@@ -207,13 +207,13 @@ def measure(shape: ModelShape, dtype: str) -> float:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         raise EnvironmentFault(
-            "a calibration must end", code="E-ENV-402", place="python -m halfbyte.plan.calibration",
+            "measuring this machine must end", code="E-ENV-402", place="python -m halfbyte.plan.calibration",
             found=f"still at work after {LONGEST_SECONDS:.0f} s", remedy="repeat it while the machine is idle",
             nothing_done="Nothing was kept.",
         ) from None  # fmt: skip
     if done.returncode != 0:
         raise EnvironmentFault(
-            "a calibration must end", code="E-ENV-402", place="python -m halfbyte.plan.calibration",
+            "measuring this machine must end", code="E-ENV-402", place="python -m halfbyte.plan.calibration",
             found=(done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200],
             remedy="run `halfbyte doctor`, which tells what serves here", nothing_done="Nothing was kept.",
         )  # fmt: skip
@@ -282,6 +282,6 @@ _READERS = {
 
 def _unusable(path: Path, found: str) -> EnvironmentFault:
     return EnvironmentFault(
-        "the calibration of this machine must be readable", code="E-ENV-401", place=str(path), found=found,
-        remedy="remove the file; the next calibration writes a new one", nothing_done="Nothing was planned.",
+        "the measured rates of this machine must be readable", code="E-ENV-401", place=str(path), found=found,
+        remedy="remove the file; the next measurement writes a new one", nothing_done="Nothing was planned.",
     )  # fmt: skip

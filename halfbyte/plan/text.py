@@ -174,7 +174,7 @@ def _time(given: Answer) -> str:
     timed = [(method, seconds_per_step(given, one)) for method, one in found_with_change(given) if one.verdict != NOT]
     if any(seconds is None for _, seconds in timed) or not timed:
         on_it = given.question.hardware.name == PROCESSOR
-        here = f"; `{calibrate_command(given.question)}` measures it, while the machine is idle" if on_it else ""
-        return f"time: {length}not calibrated for this place, so no time is given{here}"
+        here = f"; `{calibrate_command(given.question)}` measures them, while the machine is idle" if on_it else ""
+        return f"time: {length}no rates were measured for this place, so no time is given{here}"
     each = [f"{method} {duration_text(s)} a step" + (f", {duration_text(s * steps)} an epoch" if steps else "") for method, s in timed if s]
     return f"time for steps of {size} rows ({time_source(given)}): {length}{'; '.join(each)}"

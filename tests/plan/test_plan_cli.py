@@ -37,7 +37,7 @@ def test_no_torch_is_loaded_and_nothing_is_started(config: Path) -> None:
 def test_all_methods_side_by_side(config: Path) -> None:
     code, text, _ = plan(config, "--gpu", "RTX 3060", "--max-tokens", 512)
     assert code == 0
-    for words in ("qlora", "lora", "full", "GiB", "weights, packed", "optimizer", "what fits, best first", "not calibrated"):
+    for words in ("qlora", "lora", "full", "GiB", "weights, packed", "optimizer", "what fits, best first", "no rates were measured"):
         assert words in text
     assert "planned for rows of 512 tokens" in text
 
@@ -85,7 +85,7 @@ def test_json_says_the_same(config: Path) -> None:
     lora = answer["methods"]["lora"]
     assert lora["trained_params"] == 305_280 * 8 and lora["verdict"] == "fits"
     assert sum(term["bytes"] for term in lora["terms"] if term["at_peak"]) == lora["predicted_bytes"]
-    assert answer["time"] == "not calibrated" and lora["seconds_per_step_estimate"] is None
+    assert answer["time"] == "not measured" and lora["seconds_per_step_estimate"] is None
     assert answer["settings_that_fit"][0]["policy"] == "keep"
 
 
@@ -108,20 +108,34 @@ def test_a_calibration_of_this_place_gives_time(config: Path, tmp_path: Path, mo
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path))
     monkeypatch.setattr(hardware, "_driver_says", lambda: None)
     text = plan(config)[1]
-    assert f"`halfbyte plan {config} --calibrate` measures it" in text
+    assert f"`halfbyte plan {config} --calibrate` measures them" in text
     assert f"next     halfbyte train --model {config.parent} --data FILE --method " in text
     path = keep(replace(RATES, dtype=compute_dtype(hardware.this_machine())))
     text = plan(config)[1]
-    assert "time for steps of 16 rows (estimate from the calibration of this machine on 2026-11-02" in text and "a step" in text
-    assert "not calibrated for this place" in plan(config, "--gpu-memory", "24")[1]
+    assert "time for steps of 16 rows (estimate from the rates of this machine, measured on 2026-11-02" in text and "a step" in text
+    assert "no rates were measured for this place" in plan(config, "--gpu-memory", "24")[1]
     path.write_text("{", encoding="utf-8")
     code, _, err = plan(config)
     assert code == 3 and err.startswith("error E-ENV-401")
 
 
+def test_calibrating_is_said_of_the_base_alone(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The option has its name; what it does is told as measuring this machine."""
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path))
+    monkeypatch.setattr(hardware, "_driver_says", lambda: None)
+    texts = [plan(config)[1], plan(config, "--calibrate", "--gpu", "H100")[2]]
+    keep(replace(RATES, dtype=compute_dtype(hardware.this_machine())))
+    texts.append(plan(config)[1])
+    assert "quant.calibrate=true makes a better, calibrated base" in texts[0]
+    for text in texts:
+        for word in (str(config.parent), "--calibrate", "quant.calibrate=true", "calibrated base"):
+            text = text.replace(word, "")
+        assert "calibrat" not in text
+
+
 def test_a_card_with_a_published_peak_has_a_lower_bound_for_its_time(config: Path) -> None:
     assert "at the least: estimate from the published peak, 165 TFLOP/s" in plan(config, "--gpu", "RTX 4090")[1]
-    assert "not calibrated" in plan(config, "--gpu", "RTX 3060")[1]
+    assert "no rates were measured" in plan(config, "--gpu", "RTX 3060")[1]
 
 
 def test_calibrating_measures_keeps_and_uses(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +155,7 @@ def test_calibrating_measures_keeps_and_uses(config: Path, tmp_path: Path, monke
     assert code == 3 and err.startswith("error E-ENV-403") and "30.00 % of the time" in err and not asked and not text
     monkeypatch.setattr(rates.host, "processor_share", lambda: 1.0)
     code, text, _ = plan(config, "--calibrate")
-    assert code == 0 and len(asked) == 1 and "calibration of this machine on 2026-11-02)" in text
+    assert code == 0 and len(asked) == 1 and "rates of this machine, measured on 2026-11-02)" in text
     code, _, err = plan(config, "--calibrate", "--gpu", "H100")
     assert code == 2 and err.startswith("error E-CONF-407") and len(asked) == 1
 

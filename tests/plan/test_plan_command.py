@@ -125,7 +125,7 @@ def test_commands_repeat_what_was_given(config: Path, tmp_path: Path, monkeypatc
     text = plan(config, "--data", rows, "--rank", 8, "--method", "lora", "train.seed=3")[1]
     asked = f"--data '{rows}' --method lora lora.rank=8 train.seed=3"
     assert text.endswith(f"next     halfbyte train --model {config.parent} {asked}\n")
-    assert f"`halfbyte plan {config} {asked} --calibrate` measures it" in text
+    assert f"`halfbyte plan {config} {asked} --calibrate` measures them" in text
     text = plan(file, f"data={rows}", "lora.dropout=0.1")[1]
     given = shlex.quote(f"data={rows}")
     assert text.endswith(f"next     halfbyte train {file} --method lora {given} lora.dropout=0.1\n")

@@ -137,7 +137,7 @@ def test_a_long_run_on_an_idle_machine_measures_it_once(long_run: planning.Decis
     monkeypatch.setattr(planning, "measure", lambda shape, dtype: pytest.fail("measured twice"))
     rates = planning.rates_for(long_run, "bfloat16")
     said = dict(lines(planning.with_time(long_run, rates)))
-    assert "an epoch (estimate from this machine's calibration of 2026-11-02)" in said["time"]
+    assert "an epoch (estimate from this machine's rates, measured on 2026-11-02)" in said["time"]
     assert "time" not in dict(lines(planning.with_time(long_run, None)))
 
 
