@@ -8,6 +8,7 @@ HEAD = """# Commands
 
 Generated from the program by `make docs`; do not edit. Exit codes: 0 ok, 1 a bug, 2 bad input, 3 environment, 4 resume refused,
 5 storage, 6 numeric, 7 out of memory, 130 and 143 stopped by Ctrl-C and SIGTERM. `--debug` anywhere on the line shows the traceback.
+`halfbyte --version` prints the version.
 """
 
 

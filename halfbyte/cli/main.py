@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from types import FrameType
 from typing import Annotated, Any, TextIO
 
@@ -42,11 +43,18 @@ NOT_TRAINING = {
 """What each of these commands has not done when it ends in an error."""
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"halfbyte {metadata.version('halfbyte')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="On an error show the whole traceback; may stand anywhere on the line.")] = False,
 ) -> None:
-    """Options of all commands; `--debug` is read in `run` and declared here for the help text."""
+    """Options of all commands; `--version` is acted on where it is read, `--debug` is read in `run` and declared here for the help text."""
 
 
 app.command("quickstart")(quickstart.quickstart)

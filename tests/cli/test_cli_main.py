@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "numba", "matplotlib", "pyarrow", "tokenizers", "rich.console")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["data", "show", "--help"], ["chat", "--help"], ["nonsense"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["train", "--help"], ["data", "show", "--help"], ["chat", "--help"], ["nonsense"]]
+)
 def test_help_and_mistakes_load_nothing_heavy(words: list[str]) -> None:
     code = f"import sys\nfrom halfbyte.cli.main import run\nrun({words!r})\nprint([n for n in {HEAVY!r} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -38,6 +41,14 @@ def test_a_mistyped_folder_is_told_before_anything_heavy_is_loaded(words: list[s
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip() == "2 []" and f"error {code}:" in done.stderr, done
     assert code == "E-MODEL-003" or ("no such folder" in done.stderr and "did you mean runs/mine?" in done.stderr)
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the package has it, whatever stands behind it."""
+    assert main.run(["--version"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"halfbyte {metadata.version('halfbyte')}\n" and not shown.err
+    assert main.run(["--version", "train"]) == 0 and capsys.readouterr().out == shown.out
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
