@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from halfbyte.api import (
         Run,
         SaveAdapter,
+        eject,
         evaluate,
         generate,
         inject,
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 _HOMES = {
     **dict.fromkeys(
         (
-            "Run", "SaveAdapter", "evaluate", "generate", "inject", "label", "load", "load_adapter", "merge", "quantize", "save_adapter",
-            "train",
+            "Run", "SaveAdapter", "eject", "evaluate", "generate", "inject", "label", "load", "load_adapter", "merge", "quantize",
+            "save_adapter", "train",
         ),
         "halfbyte.api",
     ),
@@ -45,6 +46,7 @@ __all__ = [
     "HalfbyteError",
     "Run",
     "SaveAdapter",
+    "eject",
     "evaluate",
     "generate",
     "inject",

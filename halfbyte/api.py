@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Run",
+    "eject",
     "evaluate",
     "generate",
     "inject",
@@ -89,6 +90,15 @@ def inject(model: nn.Module, *, seed: int = 0, **settings: Any) -> Injected:
     nothing = "Nothing was injected."
     config, start = make(LoraConfig, settings, "lora", nothing), make(TrainConfig, {"seed": seed}, "", nothing)
     return _made_fast(model, injection.inject(model, config, seed=start.seed))
+
+
+def eject(model: nn.Module) -> int:
+    """Take the adapter out of a model; returns how many layers carried one, 0 where none did.
+
+    The weights are to the bit those before `inject` or `load_adapter` (after init loftq the quantized ones it made); all stay frozen, and
+    the decoder layers stay the faster ones.  What was trained is gone: save it first.
+    """
+    return injection.eject(model)
 
 
 def _made_fast(model: nn.Module, injected: Injected) -> Injected:

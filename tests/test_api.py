@@ -12,8 +12,8 @@ import pytest
 import halfbyte
 
 NAMES = [
-    "HalfbyteError", "Run", "SaveAdapter", "evaluate", "generate", "inject", "label", "load", "load_adapter", "merge", "quantize",
-    "save_adapter", "train",
+    "HalfbyteError", "Run", "SaveAdapter", "eject", "evaluate", "generate", "inject", "label", "load", "load_adapter", "merge",
+    "quantize", "save_adapter", "train",
 ]  # fmt: skip
 
 
@@ -169,3 +169,30 @@ def test_an_untrained_adapter_is_kept_only_where_it_is_meant(tmp_path: Path) -> 
         with pytest.raises(halfbyte.HalfbyteError, match="Nothing was loaded"):
             halfbyte.load_adapter(halfbyte.load(source.folder)[0], folder)
         assert halfbyte.load_adapter(halfbyte.load(source.folder)[0], folder, allow_untrained=True).names
+
+
+@pytest.mark.parametrize("settings", [{}, {"init": "pissa"}, {"dora": True, "fully_trained": ["embed_tokens"]}])
+def test_an_adapter_is_taken_out_and_leaves_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Every weight and the model's answers are as before, and the errors that say so lead there: another adapter can be put in."""
+    import torch
+
+    from tests.models.small_models import write_folder
+
+    model: Any = halfbyte.load(write_folder(tmp_path / "a").folder, dtype="float32")[0]
+    ids = torch.arange(40)[None]
+    before, logits = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model(ids).logits
+    assert halfbyte.eject(model) == 0
+    halfbyte.inject(model, rank=2, **settings)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.constant_(parameter, 0.5)
+    halfbyte.save_adapter(model, tmp_path / "adapter")
+    for again in (lambda: halfbyte.inject(model, rank=2), lambda: halfbyte.load_adapter(model, tmp_path / "adapter")):
+        with pytest.raises(halfbyte.HalfbyteError, match=r"hb\.eject\(model\)"):
+            again()
+    assert not torch.allclose(model(ids).logits, logits, atol=1e-3)
+    assert halfbyte.eject(model) > 0
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    torch.testing.assert_close(model(ids).logits, logits, rtol=1e-4, atol=1e-5)
+    assert halfbyte.load_adapter(model, tmp_path / "adapter").names

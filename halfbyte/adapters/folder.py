@@ -124,8 +124,8 @@ def put_in(model: nn.Module, adapter: peft.PeftAdapter, folder: Path | str) -> I
 def require_fit(model: nn.Module, adapter: peft.PeftAdapter, folder: Path | str) -> None:
     """Every module of the adapter exists and can carry one; else say how many tensors match."""
     if updates(model):
-        raise AdapterError("a model carries one adapter at a time", code="E-ADAPT-062", place=str(folder), remedy="eject the other first",
-                           nothing_done="Nothing was loaded.")  # fmt: skip
+        raise AdapterError("a model carries one adapter at a time", code="E-ADAPT-062", place=str(folder),
+                           remedy="take the other out: hb.eject(model)", nothing_done="Nothing was loaded.")  # fmt: skip
     able = candidates(model)
     modules = {name for name, _ in model.named_modules()}
     absent = [name for name, kind in adapter.kinds.items() if able.get(name) != kind]

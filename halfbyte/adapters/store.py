@@ -53,7 +53,7 @@ class AdapterStore:
     ) -> None:
         if updates(model) or trained_parts(model):
             raise AdapterError("a store starts from a base without an adapter", code="E-ADAPT-070", found="a model with an adapter",
-                               remedy="eject it first")  # fmt: skip
+                               remedy="take it out: hb.eject(model)")  # fmt: skip
         self.model = model
         self._base_digest, self._start, self._allow_other_base = base_digest, start, allow_other_base
         self._held: dict[str, Held] = {}

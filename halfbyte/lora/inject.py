@@ -106,7 +106,7 @@ def inject(
     if updates(model) or trained_parts(model):
         raise AdapterError(
             "a model carries one adapter at a time", code="E-ADAPT-004", found=f"{len(updates(model))} adapted layers",
-            remedy="eject the adapter first, or merge it", nothing_done="Nothing was injected.",
+            remedy="save the adapter if you need it, then take it out: hb.eject(model)", nothing_done="Nothing was injected.",
         )  # fmt: skip
     config = completed(model, config)
     names, whole, kinds = resolve(model, config), fully_trained(model, config), candidates(model)

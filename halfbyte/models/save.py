@@ -89,7 +89,7 @@ def _refuse_adapters(model: nn.Module) -> None:
     if found:
         raise ModelError(
             "a model folder holds no adapter", code="E-MODEL-052", place=found[0], found=f"{len(found)} adapted modules",
-            remedy="merge the adapter, eject it, or save it as an adapter folder",
+            remedy="save it as an adapter folder, or take it out: hb.eject(model)",
         )  # fmt: skip
 
 
