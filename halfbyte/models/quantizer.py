@@ -37,7 +37,7 @@ from halfbyte.quant.linear import STATE_BUFFERS, QuantLinear
 from halfbyte.quant.quant_state import QuantState
 
 METHOD = "halfbyte"
-KEPT_PAGES = 256 << 20  # bytes of weights that are packed before their pages are given back
+KEPT_PAGES = 64 << 20  # bytes of weights that are packed before their pages are given back
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _ROUTER_WORDS = frozenset({"router", "gate", "gating", "shared_expert_gate", "shared_experts_gate"})
 

@@ -232,8 +232,6 @@ def lines(decision: Decision) -> list[tuple[str, str]]:
         f"{bytes_text(one.memory.total)} at the peak of {bytes_text(place.memory_bytes)} free (estimate),"
         f" the most of it {term.name} ({percent_text(term.bytes / one.memory.total)})"
     )
-    if place.kind == "cpu":  # what the process holds resident shows them; so does its peak
-        peak += "; pages of the model's file are not counted, the system takes them back"
     if one.verdict == TIGHT:
         peak += f"; that is within the margin of error, {percent_text(place.margin)}"
     if one.verdict == NOT:

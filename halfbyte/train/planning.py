@@ -97,7 +97,7 @@ def rates_for(decision: Decision, dtype: str) -> Rates | None:
     if exact or operations(decision) < LONG_RUN_SECONDS * OPERATIONS_OF_A_CORE * cores:
         return found
     if is_busy():
-        logger().info("this machine is not calibrated and is busy now: `halfbyte plan MODEL --calibrate` measures it once it is idle")
+        logger().info("the rates of this machine are not measured, and it is busy now: `halfbyte plan MODEL --calibrate` measures it once it is idle")
         return found
     logger().info("measuring this machine once, for the times of plans")
     measure(decision.shape, dtype)
