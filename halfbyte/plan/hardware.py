@@ -6,8 +6,8 @@ is shown with them on.  So "fits" is not said wrongly.  A size with its unit (`2
 
 The program itself takes memory before a model is loaded.  These are the only measured numbers of a memory plan: on the CPU the resident
 memory of `halfbyte train`, from its start to its report, on a model of next to no size, less that model (torch 2.13, transformers 5.23,
-Linux: 636 MiB, which benchmarks/bench_memory.py measures); on a GPU the device context with its libraries, for which 0.6 GiB is an estimate, and 2 GiB of
-host memory, an estimate too.
+Linux: 636 MiB, which benchmarks/bench_memory.py measures); on a GPU the device context with its libraries, for which 0.6 GiB is an
+estimate, and 2 GiB of host memory, an estimate too.
 Sources of the sizes as sold and of bfloat16 (NVIDIA's from compute capability 8.0 on): the makers' data sheets; an MI250X is two devices of
 64 GB.  Of what programs are shown, messages of PyTorch: T4 14.56 GiB (https://github.com/Zheng-Chong/CatVTON/issues/133), A10 21.99
 (https://github.com/zai-org/CogVLM/issues/236), L40 44.40 (https://github.com/NVlabs/Eagle/issues/68), RTX 6000 Ada 44.43

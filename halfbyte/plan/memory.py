@@ -14,8 +14,8 @@ at one of the two ends: without them at `head` and `layer`, with all of them at 
 Terms carry their formula.  Bytes of packed weights are exact (quant/storage_cost.py), as are those of adapters, gradients and
 optimizer state; activations are what the ops save (activations.py).  The program's own memory is the one measured number: see hardware.py.
 
-Does not count: pages of mapped model files that are not weights in use, which are given back while the model loads; fragmentation of a device allocator; batches of
-token ids; evaluation, which keeps no activations.
+Does not count: pages of mapped model files that are not weights in use, which are given back while the model loads; fragmentation of a
+device allocator; batches of token ids; evaluation, which keeps no activations.
 """
 
 from collections.abc import Iterable
