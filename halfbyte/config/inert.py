@@ -45,6 +45,8 @@ INERT: Sequence[Inert] = (
           lambda run: run.quant_format == "none", "the base is not quantized"),
     Inert(("quant.blocksize", "quant.double_quant"), "quant.format", lambda run: run.quant_format == "int8",
           "int8 has one scale for each row of a weight"),
+    Inert(("quant.quantize_head",), "model.task", lambda run: run.quant.quantize_head and _classifies(run),
+          "the head of a classifier is trained, so it stays as it is"),
     Inert(("quant.calibration_rows",), "quant.calibrate", lambda run: run.quant.calibrate is False, "nothing is calibrated"),
     Inert(("lora.loftq_iterations",), "lora.init", lambda run: run.lora.init != "loftq", "only init loftq runs in rounds"),
     Inert(("optim.final_lr_share",), "optim.schedule", lambda run: run.optim.schedule == "constant",

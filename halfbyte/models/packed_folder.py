@@ -56,9 +56,10 @@ def require_agreement(asked: QuantConfig, have: QuantConfig, folder: Path) -> No
 
 
 def settled(config: RunConfig, folder: Path) -> RunConfig:
-    """The run's settings with the storage that its base really has.  Raises ModelError where they contradict each other."""
+    """The run's settings with the storage that its base really has, or gets.  Raises ModelError where they contradict each other."""
     have = storage_of(folder)
     if have is None:
+        _require_own_head(config.quant, folder)
         return config
     if config.method != "qlora":
         raise ModelError(
@@ -75,6 +76,16 @@ def settled(config: RunConfig, folder: Path) -> RunConfig:
         )  # fmt: skip
     require_agreement(config.quant, have, folder)
     return config.model_copy(update={"quant": have})
+
+
+def _require_own_head(quant: QuantConfig, folder: Path) -> None:
+    """Raise ModelError where the head is to be quantized and is the embedding, which is looked up by rows and stays as it is."""
+    if quant.quantize_head and folder_checks.make_config(folder_checks.read_config(folder), folder).get_text_config().tie_word_embeddings:
+        raise ModelError(
+            "only an output head with weights of its own can be quantized", code="E-MODEL-049", place=f"quant.quantize_head, {folder}",
+            found="quant.quantize_head=true with a model whose head is its embedding (tie_word_embeddings)",
+            expected="quant.quantize_head=false", remedy="leave quant.quantize_head out", nothing_done="Nothing was trained.",
+        )  # fmt: skip
 
 
 def _text(value: object) -> str:

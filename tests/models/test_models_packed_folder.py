@@ -15,6 +15,7 @@ from halfbyte.export.quantized import quantize_to_folder
 from halfbyte.models.load import load_model
 from halfbyte.models.packed_folder import settled, storage_of
 from halfbyte.quant.linear import QuantLinear
+from halfbyte.train.from_config import prepare
 from tests.models.small_models import write_folder
 
 
@@ -90,3 +91,16 @@ def test_methods_that_need_a_dense_base_refuse_a_packed_one(folders: Path, tmp_p
     with pytest.raises(HalfbyteError) as caught:
         hb.train(model=folders / "fp4", data=tmp_path / "rows.jsonl", method=method, out=tmp_path / "run")
     assert caught.value.code == "E-MODEL-044" and "method=qlora" in caught.value.text()
+
+
+def test_a_head_that_is_the_embedding_cannot_be_quantized(folders: Path, tmp_path: Path) -> None:
+    """The setting would do nothing; it is refused before the rows are looked at.  A head of its own may be, a classifier's is trained."""
+    write_folder(tmp_path / "tied", tie_word_embeddings=True)
+    settings = ["data=rows-that-are-not-there.jsonl", "quant.quantize_head=true", f"out={tmp_path / 'run'}"]
+    config = load_config(None, [f"model={tmp_path / 'tied'}", *settings])
+    with pytest.raises(ModelError, match="E-MODEL-049") as caught:
+        prepare(config)
+    assert "quant.quantize_head=true" in caught.value.found and str(tmp_path / "tied") in caught.value.place
+    assert settled(load_config(None, [f"model={folders / 'dense'}", *settings]), folders / "dense").quant.quantize_head
+    with pytest.raises(HalfbyteError, match="E-CONF-170"):
+        load_config(None, [f"model={folders / 'dense'}", "model.task=sequence-classification", *settings])
