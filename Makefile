@@ -28,6 +28,7 @@ lint: $(VENV)/.installed-lint
 docs: $(VENV)/.installed
 	$(PY) -m halfbyte.config.docs
 	$(PY) -m halfbyte.cli.docs > docs/cli.md
+	$(PY) -m halfbyte.cli.api_docs > docs/python.md
 	$(PY) docs/make_tree.py
 
 clean:

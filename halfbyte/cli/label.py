@@ -28,10 +28,10 @@ def label(
 
     A text is read whole; an empty one, and one over what the model can see, gets null for both and is counted.
     """
-    from halfbyte import api
     from halfbyte.cli.terminal import say
+    from halfbyte.export.labelled import label_to_file
 
-    done = api.label_file(
+    done = label_to_file(
         model, data, out, text_field=text_field, prefix=prefix, adapter=adapter, quant=quant, batch_size=batch_size,
         allow_download=allow_download, force_base=force_base,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import secrets
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from halfbyte.config import DataConfig, make
 from halfbyte.data.faults import Problem, error_of
@@ -19,7 +20,7 @@ from halfbyte.data.rows import Row
 from halfbyte.data.samples import TextSample
 from halfbyte.errors import DataError, StorageError
 from halfbyte.evaluate.labelling import label_texts, longest_text, require_classifier
-from halfbyte.evaluate.opened import Opened
+from halfbyte.evaluate.opened import open_model
 from halfbyte.train import durable_files
 
 COLUMNS = ("label", "probability")
@@ -62,14 +63,17 @@ def require_new_file(out: Path, data: str | Path) -> None:
 
 
 def label_to_file(
-    opened: Opened, data: str | Path, out: Path, *, text_field: str | None = None, prefix: str = "", batch_size: int = 8
+    model: str | Path, data: str | Path, out: Path, *, text_field: str | None = None, prefix: str = "", batch_size: int = 8, **opening: Any
 ) -> Labelled:
-    """Label each row of `data` and write them all to `out`, which `require_new_file` has let pass.
+    """Label each row of `data` with a classifier and write them all to `out`.
 
     text_field  the column with the text; that of the run's settings unless given, else `text`
     prefix      put before the names of both new columns, for rows that have a `label` already
+    opening     options of `open_model`
     Raises DataError, ModelError, StorageError, ConfigError, NumericError; then nothing is written.
     """
+    require_new_file(out, data)
+    opened = open_model(model, **opening)
     require_classifier(opened)
     run = opened.located.config
     field = text_field or (run.data.text_field if run is not None else "text")

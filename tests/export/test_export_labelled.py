@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import halfbyte as hb
-from halfbyte.api import label_file
 from halfbyte.cli.main import run as command
 from halfbyte.evaluate.labelling import label_texts
 from halfbyte.evaluate.opened import open_model
+from halfbyte.export.labelled import label_to_file
 from halfbyte.train import faults
 from tests.end_to_end.tiny_world import write_model
 
@@ -151,7 +151,7 @@ def test_a_disk_that_fails_leaves_nothing(at: str, world: Path, tmp_path: Path, 
     data = write(tmp_path / "new.jsonl", [{"review": "lamp on"}])
     monkeypatch.setattr(faults, "point", full)
     with pytest.raises(hb.HalfbyteError, match="E-STORE-086"):
-        label_file(world / "run", data, tmp_path / "out.jsonl")
+        label_to_file(world / "run", data, tmp_path / "out.jsonl")
     assert os.listdir(tmp_path) == ["new.jsonl"]
 
 
