@@ -62,7 +62,7 @@ MUTANTS = [
            IN_COMPARE + "test_other_settings_or_other_rows_do_not_go_on_in_the_same_folder"),
     Mutant("T71", "outcomes kept from other weights of the same name", COMPARE,
            "models = models_of(*(arm.config.model.name for arm in self.arms))", "models = {}",
-           IN_COMPARE + "test_a_model_that_changed_under_a_study_is_noticed"),
+           IN_COMPARE + "test_a_study_of_another_model_does_not_go_on"),
     Mutant("T71", "outcomes kept from other rows", ROWS,
            "        if before != found:\n", "        if False:\n",
            IN_COMPARE + "test_other_settings_or_other_rows_do_not_go_on_in_the_same_folder"),
