@@ -1,6 +1,6 @@
 """What a run is, so that a checkpoint of another run is refused: digests of its inputs and every setting that changes its numbers.
 
-    identity = {"base": ..., "tokenizer": ..., "template": ..., "data": ..., "eval_data": ..., "config": {"lora.rank": 16, ...}}
+    identity = {"base": ..., "tokenizer": ..., "template": ..., "data": ..., "config": {"lora.rank": 16, ...}}
 
 A resume may change what does not touch the numbers of the steps already done: how long to train, what to log, when to evaluate and
 save, how much to keep.  Everything else must be as it was.  The program's version is recorded beside the identity and not compared.
@@ -23,7 +23,7 @@ FREE_TO_CHANGE = frozenset({
 """Settings that may differ on resume.  Names and paths are here since the digests of what they lead to are compared instead."""
 
 
-DIGESTS = ("base", "tokenizer", "template", "data", "eval_data")
+DIGESTS = ("base", "tokenizer", "template", "data")
 
 
 class Dumpable(Protocol):
@@ -32,15 +32,15 @@ class Dumpable(Protocol):
     def model_dump(self, *, mode: str) -> dict[str, object]: ...
 
 
-def identity_of(config: Dumpable, *, base: str, tokenizer: str, template: str, data: str, eval_data: str = "") -> dict[str, object]:
+def identity_of(config: Dumpable, *, base: str, tokenizer: str, template: str, data: str) -> dict[str, object]:
     """The identity of a run: its resolved config, flattened, and digests (any text that changes when the thing changes).
 
     base       digest of the base model's files
     tokenizer, template   see `text_digest`
-    data, eval_data       digest of the rows
+    data                  digest of the rows, also of those held out
     """
     return {
-        "base": base, "tokenizer": tokenizer, "template": template, "data": data, "eval_data": eval_data,
+        "base": base, "tokenizer": tokenizer, "template": template, "data": data,
         "config": without_secrets(flatten(config.model_dump(mode="json"))),
     }
 

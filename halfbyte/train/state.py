@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 from halfbyte.errors import CheckpointError
 
+RETIRED = frozenset({"loss_ema"})
+"""Fields of older checkpoints that nothing reads any more."""
+
 
 @dataclass
 class Progress:
@@ -33,7 +36,6 @@ class Progress:
     best_metric           best evaluation so far (None before the first), best_step the step it was measured at
     evals_without_gain    evaluations since the best one (early stopping)
     evaluated_step        step of the last evaluation (-1 before the first): a run that stopped inside one does it again
-    loss_ema              smoothed training loss (None before the first step)
     skipped_steps, bad_in_a_row, rollbacks   NaN counters: windows skipped in all, in a row, and returns to a checkpoint
     bad_steps             numbers of the steps whose windows are left out after a return to a checkpoint
     micro_batch_size      the size in use, smaller than configured after an out-of-memory (0: as configured)
@@ -47,7 +49,6 @@ class Progress:
     best_step: int | None = None
     evals_without_gain: int = 0
     evaluated_step: int = -1
-    loss_ema: float | None = None
     skipped_steps: int = 0
     bad_in_a_row: int = 0
     rollbacks: int = 0
@@ -62,7 +63,7 @@ class Progress:
     @staticmethod
     def from_json(values: Mapping[str, object]) -> "Progress":
         """The inverse of `to_json`.  Raises CheckpointError when a field is missing or unknown."""
-        names = {entry.name for entry in fields(Progress)}
+        names, values = {entry.name for entry in fields(Progress)}, {name: value for name, value in values.items() if name not in RETIRED}
         if names != set(values):
             raise CheckpointError(
                 "the progress of a checkpoint must hold exactly its known fields", code="E-CKPT-011",

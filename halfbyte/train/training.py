@@ -39,7 +39,6 @@ from halfbyte.train.state import Progress, capture, capture_rng, restore, restor
 from halfbyte.train.step import StepResult, train_step
 from halfbyte.units import seconds_text
 
-EMA = 0.9
 T = TypeVar("T")
 Items = Sequence[Example] | Sequence[Packed]
 
@@ -226,9 +225,6 @@ class Training:
     def _log_step(self, result: StepResult, share: float, seconds: float) -> None:
         step = self.progress.step
         loss = None if result.trained_tokens == 0 else result.loss
-        if loss is not None and result.finite:
-            ema = self.progress.loss_ema
-            self.progress.loss_ema = loss if ema is None else EMA * ema + (1 - EMA) * loss
         if step % self.config.train.log_every_steps and step != self.total_steps and result.finite:
             return
         record = {

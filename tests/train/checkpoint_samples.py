@@ -14,7 +14,7 @@ from halfbyte.train.saver import Saver
 from halfbyte.train.state import Progress, TrainState, capture
 
 IDENTITY: dict[str, object] = {
-    "base": "b" * 64, "tokenizer": "t" * 64, "template": "p" * 64, "data": "d" * 64, "eval_data": "",
+    "base": "b" * 64, "tokenizer": "t" * 64, "template": "p" * 64, "data": "d" * 64,
     "config": {"lora.rank": 4, "lora.targets": "all-linear", "model.dtype": "float32", "train.epochs": 1.0},
 }
 
@@ -44,7 +44,7 @@ def state_at(step: int, best_step: int | None = None, width: int = 8) -> TrainSt
         "weight.step": torch.tensor(step),
     }
     progress = Progress(step=step, tokens_seen=100 * step, cursor={"epoch": step // 4, "step": step % 4}, best_step=best_step,
-                        best_metric=None if best_step is None else 1.0 / best_step, loss_ema=1 / (step + 1), metrics_offset=17 * step)
+                        best_metric=None if best_step is None else 1.0 / best_step, metrics_offset=17 * step)
     return capture(layer, optimizer, progress, IDENTITY)
 
 

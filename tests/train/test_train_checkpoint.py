@@ -16,6 +16,7 @@ from halfbyte.train import checkpoint, manifest, rotation
 from halfbyte.train.identity import FREE_TO_CHANGE, differences, flatten, require_same, text_digest
 from halfbyte.train.run_lock import RunLock, boot_id
 from halfbyte.train.saver import Saver
+from halfbyte.train.state import Progress
 from tests.train.checkpoint_samples import IDENTITY, in_child, leftovers, newest_valid, require_is, restart, state_at, wait
 
 
@@ -39,8 +40,8 @@ def test_floats_of_the_progress_keep_all_bits(folder: Path) -> None:
     for step in range(1, 40):
         state = state_at(step)
         value = struct.unpack("d", struct.pack("Q", rng.getrandbits(62)))[0]
-        state.progress.loss_ema = value
-        loaded = checkpoint.load(checkpoint.save(folder, state, verify=False)).progress.loss_ema
+        state.progress.best_metric = value
+        loaded = checkpoint.load(checkpoint.save(folder, state, verify=False)).progress.best_metric
         assert struct.pack("d", loaded) == struct.pack("d", value)
         shutil.rmtree(folder / checkpoint.step_name(step))
 
@@ -408,3 +409,10 @@ def test_a_lock_that_a_dying_worker_still_holds_is_waited_for(tmp_path: Path) ->
     with RunLock(tmp_path):
         assert time.monotonic() - began > 0.1
     os.close(reader), os.close(writer)
+
+
+def test_a_field_of_older_checkpoints_is_passed_over_and_an_unknown_one_is_not() -> None:
+    old = {**Progress(step=3).to_json(), "loss_ema": 1.5}
+    assert Progress.from_json(old) == Progress(step=3)
+    with pytest.raises(CheckpointError, match="E-CKPT-011"):
+        Progress.from_json({**old, "other": 1})

@@ -210,7 +210,6 @@ ITEMS: dict[str, tuple[str, Callable[[TrainState], None]]] = {
     "best step": (LATE, forget("best_step")),
     "early-stop counter": (LATE, forget("evals_without_gain")),
     "evaluated step": (EARLY, forget("evaluated_step")),
-    "loss average": (EARLY, forget("loss_ema")),
     "skipped steps": (AMID, forget("skipped_steps")),
     "micro-batch size": (EARLY, forget("micro_batch_size")),
     "log offset": (EARLY, lambda state: setattr(state.progress, "metrics_offset", 1 << 40)),
@@ -282,10 +281,10 @@ def test_the_count_of_bad_steps_in_a_row_is_needed(stage_root: Path, tmp_path: P
 
 def test_each_item_list_is_complete() -> None:
     """Every field of the progress is dropped by a control, but those that a lone fault cannot show."""
-    named = {"step", "tokens_seen", "cursor", "best_metric", "best_step", "evals_without_gain", "evaluated_step", "loss_ema",
+    named = {"step", "tokens_seen", "cursor", "best_metric", "best_step", "evals_without_gain", "evaluated_step",
              "skipped_steps", "bad_in_a_row", "micro_batch_size", "metrics_offset"}
     assert {entry.name for entry in dataclasses.fields(Progress)} - named == {"rollbacks", "bad_steps"}
-    assert len(ITEMS) >= 19
+    assert len(ITEMS) >= 18
 
 
 # --- another run's checkpoint -----------------------------------------------------------------------------------------------------
