@@ -179,8 +179,8 @@ def peak_rss_bytes() -> int:
 def drop_mapped_pages(files: Iterable[Path]) -> None:
     """Give the pages of these mapped files back to the system; one that is used again comes from the system's file cache.
 
-    A mapping with pages of its own (written to since) is left alone, for they would be lost.  Does nothing where the system has no
-    /proc/self/smaps.  Source: MADV_DONTNEED, https://man7.org/linux/man-pages/man2/madvise.2.html
+    A mapping with pages of its own (written to since, in memory or swapped out) is left alone, for they would be lost; nothing may write
+    to one at the same moment.  Does nothing where the system has no /proc/self/smaps.  Source: MADV_DONTNEED, https://man7.org/linux/man-pages/man2/madvise.2.html
     """
     smaps, wanted = Path("/proc/self/smaps"), {str(file.resolve()) for file in files}
     if not wanted or not smaps.is_file():
@@ -188,9 +188,14 @@ def drop_mapped_pages(files: Iterable[Path]) -> None:
     advise = ctypes.CDLL(None).madvise
     for mapping in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", smaps.read_text(errors="replace")):
         head, _, fields = mapping.partition("\n")
-        if head.split(maxsplit=5)[-1] in wanted and re.search(r"^Anonymous: +0 kB", fields, re.MULTILINE):
+        if head.split(maxsplit=5)[-1] in wanted and is_unwritten(fields):
             start, end = (int(part, 16) for part in head.split()[0].split("-"))
             advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
+
+
+def is_unwritten(fields: str) -> bool:
+    """Whether a mapping has no page of its own, by its block in smaps: `Anonymous` counts those in memory, `Swap` those that are not."""
+    return all(re.search(rf"^{name}: +0 kB", fields, re.MULTILINE) for name in ("Anonymous", "Swap"))
 
 
 def _status_bytes(field: str) -> int:

@@ -192,3 +192,8 @@ def test_mapped_pages_are_given_back_and_read_again_but_not_those_written_to(tmp
 
 def _file_bytes() -> int:
     return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+
+
+@pytest.mark.parametrize(("anonymous", "swap", "unwritten"), [(0, 0, True), (4, 0, False), (0, 4, False)])
+def test_a_mapping_is_unwritten_in_memory_and_in_swap(anonymous: int, swap: int, unwritten: bool) -> None:
+    assert host.is_unwritten(f"Rss:  96 kB\nAnonymous:      {anonymous} kB\nSwap:      {swap} kB\nSwapPss: 0 kB\n") is unwritten

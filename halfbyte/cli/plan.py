@@ -98,7 +98,7 @@ def plan(
         from halfbyte.plan.rates import measure, require_idle
 
         require_idle()
-        measure(question.shape, question.base.dtype)
+        measure(question.shape, question.base.dtype, question.threads)
     given = answer(question)
     if json:
         from json import dumps

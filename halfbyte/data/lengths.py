@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import linear_regression
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.config.data import DataConfig
 from halfbyte.data.faults import Problems
 from halfbyte.data.rows import Row, read_rows
 from halfbyte.data.samples import ClassSample, Conversation, Sample, TextSample, detect, samples_of
@@ -62,13 +63,13 @@ def texts_of(value: Any) -> list[str]:
     return []
 
 
-def lengths(path: str, tokenizer: Path | None = None) -> Lengths:
-    """Estimated lengths of the rows of a file; raises DataError for a file that cannot be read."""
-    rows = read_rows(path).rows
+def lengths(data: DataConfig, tokenizer: Path | None = None) -> Lengths:
+    """Estimated lengths of the rows that `data` names, in the columns it names; raises DataError for a file that cannot be read."""
+    rows = read_rows(data.path, max_rows=data.max_rows).rows
     try:
-        shape = detect(rows)
+        shape = detect(rows, data.shape, text_field=data.text_field, label_field=data.label_field)
         samples, name = samples_of(rows, shape, problems=Problems()), shape.name
-    except DataError:  # settings that a plan does not know may make rows of it
+    except DataError:  # training says what is wrong with them
         samples, name = [], ""
     samples = samples or [_as_text(row) for row in rows]
     if tokenizer is None:

@@ -92,7 +92,7 @@ def load_model(
         require_values(model, packing.report.written, folder)
     _check_finite(model)
     rope.restore(model)
-    host.drop_mapped_pages(folder.glob("*.safetensors"))  # of what was packed or cast, nothing is read again
+    host.drop_mapped_pages(folder.glob("*.safetensors"))  # weights in use come back; the rest was packed or cast
     return model
 
 

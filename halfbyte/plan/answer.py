@@ -4,17 +4,17 @@ Everything that is an estimate says so; memory is a prediction from shapes (memo
 from rates measured on this machine (rates.py); for a card that is known by name alone, a lower bound from its published peak.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from halfbyte import host
-from halfbyte.data.lengths import Lengths, lengths
+from halfbyte.data.lengths import Lengths
 from halfbyte.errors import ConfigError
 from halfbyte.plan.activations import own_layers
 from halfbyte.plan.four_bits import advice
 from halfbyte.plan.hardware import PROCESSOR, Hardware, known_as
-from halfbyte.plan.rates import PEAKS, Rates, nearest_rates, read_all, widths_of
+from halfbyte.plan.rates import PEAKS, Rates, nearest_rates, read_all, threads_of, widths_of
 from halfbyte.plan.search import FITS, GLOBAL_BATCH_SIZE, NOT, TIGHT, Change, Option, best_of_each, first_change, least, options, order
 from halfbyte.plan.setting import METHODS, Setting, trained_params
 from halfbyte.plan.speed import Rows, seconds_of_step, work_of
@@ -41,6 +41,7 @@ class Question:
 
     packing   samples share rows of base.tokens
     here      the place is this machine
+    threads   that a run would compute with on this machine's processor
     """
 
     name: str
@@ -54,6 +55,7 @@ class Question:
     packing: bool = False
     here: bool = False
     asked: Asked = Asked()
+    threads: int = field(default_factory=threads_of)
 
 
 @dataclass(frozen=True)
@@ -105,14 +107,6 @@ def row_tokens(shape: ModelShape, asked: int | None, rows: Lengths | None, packi
     return most if rows is None else max(2, min(most, sum(rows.tokens) if packing else rows.longest))
 
 
-def count_rows(path: str | None, tokenizer: Path | None, most: int | None = None) -> Lengths | None:
-    """Estimated lengths of the rows of a data file, of the first `most` of them; None without a file."""
-    if path is None:
-        return None
-    counted = lengths(path, tokenizer)
-    return replace(counted, tokens=counted.tokens[:most])
-
-
 def answer(question: Question) -> Answer:
     """Plan all methods that were asked for."""
     shape, hardware = question.shape, question.hardware
@@ -123,7 +117,7 @@ def answer(question: Question) -> Answer:
     places = {method: place for place, (method, _) in enumerate(ranking)}
     listed = [one for every in tried.values() for one in every if one.verdict != NOT]
     listed.sort(key=lambda one: (one.verdict == TIGHT, places[one.setting.method]))
-    rates = nearest_rates(shape, question.base.dtype, read_all()) if hardware.name == PROCESSOR else None
+    rates = nearest_rates(shape, question.base.dtype, read_all(), question.threads) if hardware.name == PROCESSOR else None
     cost = advice(shape, question.base.format) or "its few bits cost a little held-out loss"
     reasons = tuple((method, f"{why}; {cost}" if method == "qlora" else why) for method, why in ranking)
     smallest = {method: least(every) for method, every in tried.items()}

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from halfbyte import devices, host
+from halfbyte import devices
 from halfbyte.config.lora import LoraConfig
 from halfbyte.data.batches import Batch
 from halfbyte.kernels.linear_cross_entropy import linear_cross_entropy
@@ -177,7 +177,7 @@ def calibrate(widths: Widths, vocab: int, hidden: int, dtype_name: str) -> Rates
 def main(text: str) -> None:
     """Measure what the arguments name, and keep it."""
     asked = json.loads(text)
-    devices.set_threads(host.usable_cores())
+    devices.set_threads(asked["threads"])
     began = time.monotonic()
     rates = calibrate(Widths(**asked["widths"]), asked["vocab"], asked["hidden"], asked["dtype"])
     path = keep(rates)

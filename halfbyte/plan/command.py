@@ -5,6 +5,7 @@ lora with room beside other methods.  A run does not decide the state of its opt
 """
 
 import shlex
+from pathlib import Path
 
 from halfbyte.plan.answer import Answer, Asked, Question
 from halfbyte.plan.search import best, options
@@ -15,7 +16,7 @@ def train_command(given: Answer) -> str:
     question, method = given.question, given.ranking[0][0]
     words = ["halfbyte", "train", *([question.asked.file] if question.asked.file else [])]
     if _names_model(question):
-        words += ["--model", question.name.removesuffix("config.json").rstrip("/") or "."]
+        words += ["--model", str(Path(question.name).parent) if question.name.endswith(".json") else question.name]
     data = question.asked.data or ("FILE" if question.rows is None else None)
     words += ["--data", data] if data is not None else []
     return shlex.join([*words, "--method", method, *settings_for(question.asked, method), *_chosen(given, method)])

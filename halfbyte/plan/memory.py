@@ -116,18 +116,23 @@ def start_bytes(shape: ModelShape, setting: Setting) -> int:
     return WIDTHS[setting.lora_dtype] * started_params(shape, setting)
 
 
-def loftq_bytes(shape: ModelShape, setting: Setting) -> int:
-    """What init loftq holds beside what it makes: every dense matrix until the last is packed, w bytes an element; and of the largest,
-    (O, I) and k the smaller, w and 8 bytes an element (part, rest, LAPACK's copy of it; 4 more where w is 2), 4 k (O + I) of singular
-    vectors, 16 k k of LAPACK's work (https://www.netlib.org/lapack/explore-html, dgesdd).  With more rounds one product more.
+def init_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What init loftq or pissa holds beside what it makes, w bytes an element.
+
+    loftq   every dense matrix until the last is packed; of the largest, (O, I) and k the smaller, w + 4 an element (part and rest; 4 more
+            where w is 2); with more rounds one product more
+    pissa   of the largest, w an element where the base is packed (read back), and 4 where w is 2
+    both    4 an element of LAPACK's copy, 4 k (O + I) of singular vectors, 16 k k of LAPACK's work
+            (https://www.netlib.org/lapack/explore-html, dgesdd)
     """
-    if setting.init != "loftq":
+    if setting.method == "full" or setting.init not in ("loftq", "pissa"):
         return 0
     width = WIDTHS[setting.dtype]
-    each = width + 8 + (0 if width == 4 else 4)
-    sizes = [weight.size[-2:] for weight in packed(shape, setting)]
+    held = [weight.size[-2:] for weight in packed(shape, setting)] if setting.init == "loftq" else []
+    sizes = held or [weight.size[-2:] for weight, _ in adapted(shape, setting) if weight.kind == "linear"]
+    each = 4 + (0 if width == 4 else 4) + (width + 4 if held else width if packed(shape, setting) else 0)
     work = [each * rows * columns + 4 * min(rows, columns) * (rows + columns) + 16 * min(rows, columns) ** 2 for rows, columns in sizes]
-    return width * sum(prod(size) for size in sizes) + max(work, default=0)
+    return width * sum(prod(size) for size in held) + max(work, default=0)
 
 
 def packed_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -262,7 +267,7 @@ def plan_memory(shape: ModelShape, setting: Setting, program_bytes: int = 0) -> 
         Term("weights, dense", dense_bytes(shape, setting), "loaded", f"{WIDTHS[setting.dtype]} bytes a parameter"),
         Term("adapters", adapters, "loaded", f"{WIDTHS[trained]} bytes a trained parameter"),
         Term("start factors", start_bytes(shape, setting), "loaded", "the start of init pissa, which is taken off again"),
-        Term("start", loftq_bytes(shape, setting), "start", "dense matrices until init loftq has packed all; its work on the largest"),
+        Term("start", init_bytes(shape, setting), "start", "init loftq: dense matrices until all are packed; work on the largest"),
         Term("gradients", count * WIDTHS[trained], *_gradients(setting, WIDTHS[trained])),
         Term("optimizer", 0 if away else state, "always", _state_text(setting)),
         Term("activations", kept_bytes(shape, setting), "activations", _kept_text(shape, setting)),

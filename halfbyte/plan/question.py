@@ -11,12 +11,14 @@ from pathlib import Path
 from halfbyte.config.load import read_settings
 from halfbyte.config.rules import text_of
 from halfbyte.config.run import RunConfig
+from halfbyte.data.lengths import lengths
 from halfbyte.errors import ConfigError, nearest
 from halfbyte.plan.activations import POLICIES
-from halfbyte.plan.answer import Asked, Question, compute_dtype, count_rows, row_tokens, shape_of
+from halfbyte.plan.answer import Asked, Question, compute_dtype, row_tokens, shape_of
 from halfbyte.plan.command import settings_for
 from halfbyte.plan.decide import AUTO_METHODS
 from halfbyte.plan.hardware import PROCESSOR, Hardware, card, processor, sized, this_machine
+from halfbyte.plan.rates import threads_of
 from halfbyte.plan.search import GLOBAL_BATCH_SIZE
 from halfbyte.plan.setting import METHODS, Setting
 from halfbyte.shape import ModelShape
@@ -76,7 +78,7 @@ def _question(config: RunConfig, place: Hardware, asked: Asked, here: bool) -> Q
     name, most = config.model.name, config.data.max_tokens
     shape, tokenizer = shape_of(name, revision=config.model.revision, allow_download=config.model.allow_download)
     methods = _methods(shape, config, asked)
-    rows = count_rows(None if config.data.path == NO_ROWS else config.data.path, tokenizer, config.data.max_rows)
+    rows = None if config.data.path == NO_ROWS else lengths(config.data, tokenizer)
     tokens = row_tokens(shape, None if most == "auto" else most, rows, config.data.packing)
     policy, size = config.train.activations, config.train.micro_batch_size
     base = Setting.of(
@@ -91,7 +93,7 @@ def _question(config: RunConfig, place: Hardware, asked: Asked, here: bool) -> Q
     fixed = {"policy": policy != "auto", "micro_batch_size": size != "auto", "state": written}
     return Question(
         name, shape, place, base, frozenset(key for key, given in fixed.items() if given), methods, rows, config.train.global_batch_size,
-        config.data.packing, here, asked,
+        config.data.packing, here, asked, threads_of(config.train.threads),
     )  # fmt: skip
 
 

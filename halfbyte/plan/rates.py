@@ -151,16 +151,22 @@ def read_all(path: Path | None = None) -> list[Rates]:
     return [_entry(path, one) for one in values["entries"]]
 
 
-def nearest_rates(shape: ModelShape, dtype: str, found: list[Rates]) -> Rates | None:
-    """The entry for this type whose widths are nearest to the model's; None where the type was not measured."""
+def threads_of(asked: int | str = "auto") -> int:
+    """Threads that train.threads stands for: auto is what OMP_NUM_THREADS asks for, else one for each core."""
+    return asked if isinstance(asked, int) else env.omp_threads() or host.usable_cores()
+
+
+def nearest_rates(shape: ModelShape, dtype: str, found: list[Rates], threads: int) -> Rates | None:
+    """The entry for this type and number of threads whose widths are nearest to the model's; None where none was measured."""
     wanted = widths_of(shape)
-    return min((one for one in found if one.dtype == dtype), key=lambda one: one.widths.distance(wanted), default=None)
+    serve = [one for one in found if (one.dtype, one.threads) == (dtype, threads)]
+    return min(serve, key=lambda one: one.widths.distance(wanted), default=None)
 
 
 def keep(rates: Rates, path: Path | None = None) -> Path:
-    """Put an entry into this machine's file, in the place of one for the same type and widths.  Raises StorageError."""
+    """Put an entry into this machine's file, in the place of one for the same type, threads and widths.  Raises StorageError."""
     path = rates_path() if path is None else path
-    others = [one for one in read_all(path) if (one.dtype, one.widths) != (rates.dtype, rates.widths)]
+    others = [one for one in read_all(path) if (one.dtype, one.threads, one.widths) != (rates.dtype, rates.threads, rates.widths)]
     body = {"version": VERSION, "machine": machine(), "entries": [_plain(one) for one in [*others, rates]]}
     fresh = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
@@ -196,12 +202,12 @@ def require_idle() -> None:
         )  # fmt: skip
 
 
-def measure(shape: ModelShape, dtype: str) -> float:
-    """Calibrate this machine for a model's widths in a process of its own and keep the rates; the seconds it took.
+def measure(shape: ModelShape, dtype: str, threads: int) -> float:
+    """Measure this machine with so many threads at a model's widths, in a process of its own and keep the rates; the seconds it took.
 
     Raises EnvironmentFault where the process fails.
     """
-    asked = {"widths": asdict(widths_of(shape)), "vocab": shape.vocab, "hidden": shape.hidden, "dtype": dtype}
+    asked = {"widths": asdict(widths_of(shape)), "vocab": shape.vocab, "hidden": shape.hidden, "dtype": dtype, "threads": threads}
     command = [sys.executable, "-m", "halfbyte.plan.calibration", json.dumps(asked)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_SECONDS, check=False)

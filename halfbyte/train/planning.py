@@ -22,7 +22,7 @@ from halfbyte.models.load import choose_dtype
 from halfbyte.models.packed_folder import storage_of
 from halfbyte.plan.decide import Choice, Decision, RowsSeen, applied, decide, operations, require_room, with_time
 from halfbyte.plan.hardware import Hardware, accelerator, processor
-from halfbyte.plan.rates import Rates, is_busy, measure, nearest_rates, read_all, widths_of
+from halfbyte.plan.rates import Rates, is_busy, measure, nearest_rates, read_all, threads_of, widths_of
 from halfbyte.shape import ModelShape
 from halfbyte.train.run_folder import RunFolder
 
@@ -91,14 +91,15 @@ def rates_for(decision: Decision, dtype: str) -> Rates | None:
     """This machine's rates for the run; measured now where there are none at the model's widths, the run is long and the machine idle."""
     if decision.place.kind != "cpu":
         return None
-    found = nearest_rates(decision.shape, dtype, read_all())
+    threads = threads_of(decision.config.train.threads)
+    found = nearest_rates(decision.shape, dtype, read_all(), threads)
     exact = found is not None and found.widths == widths_of(decision.shape)
     cores = host.usable_cores()
     if exact or operations(decision) < LONG_RUN_SECONDS * OPERATIONS_OF_A_CORE * cores:
         return found
     if is_busy():
-        logger().info("the rates of this machine are not measured, and it is busy now: `halfbyte plan MODEL --calibrate` measures it once it is idle")
+        logger().info("no rates of this machine, and it is busy now: `halfbyte plan MODEL --calibrate` measures them once it is idle")
         return found
     logger().info("measuring this machine once, for the times of plans")
-    measure(decision.shape, dtype)
-    return nearest_rates(decision.shape, dtype, read_all())
+    measure(decision.shape, dtype, threads)
+    return nearest_rates(decision.shape, dtype, read_all(), threads)

@@ -55,7 +55,7 @@ def exact(path: Path, tokenizer: Any) -> list[int]:
 @pytest.mark.parametrize("shape", ROWS)
 def test_rows_are_counted_as_training_counts_them(shape: str, tmp_path: Path, folder: Path) -> None:
     path = written(tmp_path, shape)
-    found = lengths(str(path), folder / "tokenizer.json")
+    found = lengths(DataConfig(path=str(path)), folder / "tokenizer.json")
     assert list(found.tokens) == exact(path, PreTrainedTokenizerFast.from_pretrained(folder))
 
 
@@ -65,7 +65,7 @@ def test_beyond_the_rows_that_are_rendered_it_is_within_a_few_per_cent(
 ) -> None:
     path = written(tmp_path, shape)
     monkeypatch.setattr(counting, "RENDERED", 5)
-    found = lengths(str(path), folder / "tokenizer.json")
+    found = lengths(DataConfig(path=str(path)), folder / "tokenizer.json")
     wanted = exact(path, PreTrainedTokenizerFast.from_pretrained(folder))
     assert sum(found.tokens) == pytest.approx(sum(wanted), rel=0.04)
     assert found.longest == pytest.approx(max(wanted), rel=0.04)
@@ -80,7 +80,7 @@ def test_a_model_without_a_template(shape: str, tmp_path: Path, folder: Path) ->
     settings.pop("chat_template", None)
     (bare / "tokenizer_config.json").write_text(json.dumps(settings))
     path = written(tmp_path, shape)
-    found = lengths(str(path), bare / "tokenizer.json")
+    found = lengths(DataConfig(path=str(path)), bare / "tokenizer.json")
     assert list(found.tokens) == exact(path, PreTrainedTokenizerFast.from_pretrained(bare))
 
 
@@ -88,21 +88,28 @@ def test_without_a_tokenizer_the_fields_count_and_not_the_json(tmp_path: Path) -
     rows = [{"messages": [{"role": "user", "content": "x" * 292}, {"role": "assistant", "content": "yes"}]}]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    found = lengths(str(path))
+    found = lengths(DataConfig(path=str(path)))
     assert found.tokens == (-(-(292 + 1 + 3) // 3) + 2 * counting.MESSAGE_TOKENS,) and "characters" in found.how
 
 
 def test_rows_of_no_known_shape_are_counted_by_their_texts(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"sms": "a" * 30, "kind": "b" * 29}) + "\n", encoding="utf-8")
-    assert lengths(str(path)).tokens == (21,)
+    assert lengths(DataConfig(path=str(path))).tokens == (21,)
+
+
+def test_the_columns_that_training_reads_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"body": "a" * 30, "other": "b" * 900}) + "\n" for _ in range(3)), encoding="utf-8")
+    assert lengths(DataConfig(path=str(path), shape="text", text_field="body", max_rows=2)).tokens == (11, 11)
 
 
 def test_counting_needs_no_torch(tmp_path: Path, folder: Path) -> None:
     path = written(tmp_path, "messages")
     program = (
         "import sys; from pathlib import Path; from halfbyte.data.lengths import lengths;"
-        f"lengths({str(path)!r}, Path({str(folder / 'tokenizer.json')!r}));"
+        "from halfbyte.config.data import DataConfig;"
+        f"lengths(DataConfig(path={str(path)!r}), Path({str(folder / 'tokenizer.json')!r}));"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -268,8 +268,12 @@ MUTANTS = [
     ),
     Mutant(
         "T0", "mapped pages that were written to are thrown away", "halfbyte/host.py",
-        'and re.search(r"^Anonymous: +0 kB", fields, re.MULTILINE)',
-        "and fields", _TEST_DEVICES + "test_mapped_pages_are_given_back_and_read_again_but_not_those_written_to",
+        "and is_unwritten(fields)", "and fields",
+        _TEST_DEVICES + "test_mapped_pages_are_given_back_and_read_again_but_not_those_written_to",
+    ),
+    Mutant(
+        "T0", "mapped pages that were written to and swapped out are thrown away", "halfbyte/host.py", 'in ("Anonymous", "Swap")',
+        'in ("Anonymous",)', _TEST_DEVICES + "test_a_mapping_is_unwritten_in_memory_and_in_swap",
     ),
     Mutant(
         "T0", "pages of a model's file pile up while it is packed", _QUANTIZER, "host.drop_mapped_pages(self.files)", "pass",

@@ -93,7 +93,7 @@ MUTANTS = [
            "*settings_for(question.asked, method), *_chosen", "*_chosen",
            "tests/plan/test_plan_command.py::test_the_next_command_trains_what_was_planned"),
     Mutant("T0", "the plan lets the dense base go before init loftq has packed all of it", _MEMORY,
-           "return width * sum(prod(size) for size in sizes) + max(work, default=0)", "return max(work, default=0)",
+           "return width * sum(prod(size) for size in held) + max(work, default=0)", "return max(work, default=0)",
            _BYTES + "test_the_start_of_loftq_holds_the_dense_matrices"),
     Mutant("T0", "the plan packs what init loftq does not adapt", _MEMORY,
            'if setting.init == "loftq":\n        return [', "if False:\n        return [",

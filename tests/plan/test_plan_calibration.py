@@ -32,4 +32,4 @@ def test_a_calibration_is_kept_for_the_models_widths(tmp_path: Path, monkeypatch
 def test_a_calibration_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "LONGEST_SECONDS", 120.0)
     with pytest.raises(EnvironmentFault, match="E-ENV-402"):
-        measure(ModelShape.from_config(TINY), "no_such_type")
+        measure(ModelShape.from_config(TINY), "no_such_type", 1)

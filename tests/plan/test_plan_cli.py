@@ -110,7 +110,7 @@ def test_a_calibration_of_this_place_gives_time(config: Path, tmp_path: Path, mo
     text = plan(config)[1]
     assert f"`halfbyte plan {config} --calibrate` measures them" in text
     assert f"next     halfbyte train --model {config.parent} --data FILE --method " in text
-    path = keep(replace(RATES, dtype=compute_dtype(hardware.this_machine())))
+    path = keep(replace(RATES, threads=rates.threads_of(), dtype=compute_dtype(hardware.this_machine())))
     text = plan(config)[1]
     assert "time for steps of 16 rows (estimate from the rates of this machine, measured on 2026-11-02" in text and "a step" in text
     assert "no rates were measured for this place" in plan(config, "--gpu-memory", "24")[1]
@@ -124,7 +124,7 @@ def test_calibrating_is_said_of_the_base_alone(config: Path, tmp_path: Path, mon
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path))
     monkeypatch.setattr(hardware, "_driver_says", lambda: None)
     texts = [plan(config)[1], plan(config, "--calibrate", "--gpu", "H100")[2]]
-    keep(replace(RATES, dtype=compute_dtype(hardware.this_machine())))
+    keep(replace(RATES, threads=rates.threads_of(), dtype=compute_dtype(hardware.this_machine())))
     texts.append(plan(config)[1])
     assert "quant.calibrate=true makes a better, calibrated base" in texts[0]
     for text in texts:
@@ -144,9 +144,9 @@ def test_calibrating_measures_keeps_and_uses(config: Path, tmp_path: Path, monke
     monkeypatch.setattr(hardware, "_driver_says", lambda: None)
     asked: list[str] = []
 
-    def measured(shape: ModelShape, dtype: str) -> float:
+    def measured(shape: ModelShape, dtype: str, threads: int) -> float:
         asked.append(dtype)
-        keep(replace(RATES, dtype=dtype, widths=rates.widths_of(shape)))
+        keep(replace(RATES, dtype=dtype, threads=threads, widths=rates.widths_of(shape)))
         return 1.0
 
     monkeypatch.setattr(rates, "measure", measured)

@@ -212,6 +212,24 @@ def test_the_start_of_pissa_lies_beside_its_factors(tiny_llama: Any) -> None:
     assert plan_memory(shape, Setting(rank=4)).named("start factors") == 0
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_singular_vectors_of_pissa_are_counted(tiny_llama: Any, dtype: str) -> None:
+    """As those of loftq are; no dense matrix is held beside the base."""
+    from halfbyte.config.lora import LoraConfig
+    from halfbyte.lora.inject import inject
+
+    model = tiny_llama(hidden_size=128, intermediate_size=1024, num_hidden_layers=1).to(getattr(torch, dtype))
+    before, targets = _bytes(model), ("down_proj",)
+    with _Held(model) as held:
+        inject(model, LoraConfig(rank=4, init="pissa", targets=targets), seed=0)
+    shape = ModelShape.from_config(model.config.to_dict())
+    setting = Setting(method="lora", format="none", rank=4, init="pissa", targets=targets, dtype=dtype, tokens=8)
+    inside = 4 * 128 * 1024 + 16 * 128**2
+    start = plan_memory(shape, setting).named("start")
+    assert held.most - before == pytest.approx(start - inside, rel=0.1)
+    assert not plan_memory(shape, replace(setting, init="default")).named("start")
+
+
 @pytest.mark.parametrize("biases", ["all", "lora_only"])
 def test_trained_biases_are_counted(biases: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from halfbyte import host
 from halfbyte.errors import EnvironmentFault, StorageError
 from halfbyte.plan import speed
 from halfbyte.plan.hardware import CARDS
-from halfbyte.plan.rates import LARGEST_LAYER, PEAKS, Curve, Rates, Widths, keep, nearest_rates, rates_path, read_all, widths_of
+from halfbyte.plan.rates import LARGEST_LAYER, PEAKS, Curve, Rates, Widths, keep, nearest_rates, rates_path, read_all, threads_of, widths_of
 from halfbyte.plan.setting import Setting
 from halfbyte.shape import ModelShape
 from tests.plan.asked import SMALL
@@ -88,9 +89,17 @@ def test_a_curve_is_straight_over_the_logarithm_and_flat_beyond() -> None:
 
 def test_the_entry_with_the_nearest_widths_of_the_same_type_serves() -> None:
     wide = replace(RATES, widths=Widths(4096, 4096, 1024, 14336, 128))
-    assert nearest_rates(SHAPE, "bfloat16", [wide, RATES]) is RATES
-    assert nearest_rates(SHAPE, "float32", [wide, RATES]) is None
-    assert nearest_rates(LLAMA_8B, "bfloat16", [wide, RATES]) is wide
+    assert nearest_rates(SHAPE, "bfloat16", [wide, RATES], RATES.threads) is RATES
+    assert nearest_rates(SHAPE, "float32", [wide, RATES], RATES.threads) is None
+    assert nearest_rates(LLAMA_8B, "bfloat16", [wide, RATES], RATES.threads) is wide
+    assert nearest_rates(SHAPE, "bfloat16", [wide, RATES], RATES.threads + 1) is None
+
+
+def test_threads_of_a_run_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert (threads_of("auto"), threads_of(5)) == (3, 5)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert threads_of("auto") == host.usable_cores()
 
 
 def test_widths_are_the_models_own_or_halved_until_a_layer_is_small_enough() -> None:

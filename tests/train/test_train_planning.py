@@ -122,7 +122,7 @@ def long_run(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> p
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(planning, "LONG_RUN_SECONDS", 0.0)
     monkeypatch.setattr(rates.host, "processor_share", lambda: 1.0)
-    monkeypatch.setattr(planning, "measure", lambda shape, dtype: pytest.fail("measured"))
+    monkeypatch.setattr(planning, "measure", lambda shape, dtype, threads: pytest.fail("measured"))
     here(monkeypatch, 64 << 30)
     return planning.decide(
         stage.config(tmp_path / "run"), ModelShape.read(stage.root / "model"), planning.place_of("cpu"), planning.rows_of(data(uneven(8))),
@@ -131,12 +131,12 @@ def long_run(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> p
 
 
 def test_a_long_run_on_an_idle_machine_measures_it_once(long_run: planning.Decision, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = replace(RATES, widths=widths_of(long_run.shape), device=PROCESSOR)
-    monkeypatch.setattr(planning, "measure", lambda shape, dtype: keep(mine))
+    mine = replace(RATES, widths=widths_of(long_run.shape), device=PROCESSOR, threads=rates.threads_of(long_run.config.train.threads))
+    monkeypatch.setattr(planning, "measure", lambda shape, dtype, threads: keep(mine))
     assert planning.rates_for(long_run, "bfloat16") == mine
-    monkeypatch.setattr(planning, "measure", lambda shape, dtype: pytest.fail("measured twice"))
-    rates = planning.rates_for(long_run, "bfloat16")
-    said = dict(lines(planning.with_time(long_run, rates)))
+    monkeypatch.setattr(planning, "measure", lambda shape, dtype, threads: pytest.fail("measured twice"))
+    kept = planning.rates_for(long_run, "bfloat16")
+    said = dict(lines(planning.with_time(long_run, kept)))
     assert "an epoch (estimate from this machine's rates, measured on 2026-11-02)" in said["time"]
     assert "time" not in dict(lines(planning.with_time(long_run, None)))
 
