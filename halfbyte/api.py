@@ -96,7 +96,7 @@ def inject(model: nn.Module, *, seed: int = 0, **settings: Any) -> Injected:
 
 
 def eject(model: nn.Module) -> int:
-    """Take the adapter out of a model; returns how many layers carried one, 0 where none did.
+    """Take the adapter out of a model; returns how many layers were put back, 0 where there was none.
 
     The weights are to the bit those before `inject` or `load_adapter` (after init loftq the quantized ones it made); all stay frozen, and
     the decoder layers stay the faster ones.  What was trained is gone: save it first.

@@ -28,7 +28,10 @@ def label(
 
     A text is read whole; an empty one, and one over what the model can see, gets null for both and is counted.
     """
-    from halfbyte.cli.terminal import say
+    from halfbyte.models.source import require_at_hand
+
+    require_at_hand(model, allow_download=allow_download)
+    from halfbyte.cli.terminal import say  # the next one loads torch: a mistyped name is told before
     from halfbyte.export.labelled import label_to_file
 
     done = label_to_file(

@@ -78,7 +78,8 @@ def plan(
 ) -> None:
     """Say whether training fits, with all methods side by side: memory term by term, the settings that fit, what to change.
 
-    The exit code is 7 where nothing fits. An option and its setting are the same: --rank 8 is lora.rank=8.
+    The exit code is 7 where nothing fits. An option and its setting are the same: --rank 8 is lora.rank=8; with
+    --micro-batch-size the rows of a step are the next multiple of it.
 
     Looks at the model's config.json alone and answers in a second; for this machine, or for a card that need not be here.
     """

@@ -2,7 +2,8 @@
 
     {"text": "Dim the hall.", "id": 7}   ->   {"text": "Dim the hall.", "id": 7, "label": "light", "probability": 0.998412}
 
-A text that is empty or over the model's limit gets null for both, and is counted.
+A text that is empty or over the model's limit gets null for both, and is counted.  Values that JSON has no form for (dates, decimals of a
+parquet file) are written as text; bytes are refused.
 """
 
 import json
@@ -104,9 +105,20 @@ def _body(row: Row, new: tuple[str, str]) -> str:
             nothing_done=NOTHING,
         )  # fmt: skip
     try:
-        return json.dumps(row.values, ensure_ascii=False, allow_nan=False, default=str)
+        return json.dumps(row.values, ensure_ascii=False, allow_nan=False, default=_as_text)
+    except TypeError:
+        raise DataError(
+            "a row must have a form in JSON", code="E-DATA-098", place=row.place, found="a field of bytes",
+            expected="texts, numbers, dates, lists", remedy="leave that column out of the file", nothing_done=NOTHING,
+        ) from None  # fmt: skip
     except ValueError:
         raise error_of(Problem("E-DATA-024", row.file, row.line, unit=row.unit, found="NaN or Infinity")) from None
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, bytes | bytearray | memoryview):
+        raise TypeError
+    return str(value)
 
 
 def _write(out: Path, content: bytes) -> None:
@@ -115,7 +127,7 @@ def _write(out: Path, content: bytes) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
             durable_files.create(staged, content)
-            require_new_file(out, staged)  # a file that came meanwhile stays
+            require_new_file(out, staged)  # a file that came while the model was at work stays
             durable_files.rename(staged, out)
         finally:
             staged.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ Sources: https://github.com/Lightning-AI/litgpt/tree/main/config_hub, https://ar
 """
 
 from halfbyte.shape import ModelShape
+from halfbyte.units import bytes_text
 
 SMALL_MODEL = 3_000_000_000
 LLAMA_3_VOCABULARY = 128_000
@@ -24,4 +25,5 @@ def advice(shape: ModelShape, format: str) -> str:
     """A line for a plan of qlora; empty where plain 4 bits serve, for other storage, and for files that are packed already."""
     worth, why = worth_calibrating(shape)
     fits = format in ("nf4", "fp4") and not shape.packed
-    return f"{why}; quant.calibrate=true makes a better, calibrated base first" if worth and fits else ""
+    once = f"makes a better, calibrated base first, which takes {bytes_text(2 * shape.total_params)} of host memory or more once (estimate)"
+    return f"{why}; quant.calibrate=true {once}" if worth and fits else ""

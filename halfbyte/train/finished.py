@@ -1,7 +1,8 @@
 """Is there anything left to do?  A run that reached its end is answered from what it wrote, before a model is loaded.
 
 A run is finished when run.json says so, everything it delivers lies there, and no setting asks for more than it did.  A longer run
-(train.max_steps, train.epochs), and whatever else was changed, goes the usual way, which knows what a resume may change.
+(train.max_steps, train.epochs), whatever else was changed, and a folder that cannot be read go the usual way, which knows what a resume
+may change.  The rows are not looked at: a run without another step reads none.
 """
 
 import json
@@ -26,12 +27,28 @@ WHILE_TRAINING = frozenset({
 def finished(config: RunConfig) -> TrainResult | None:
     """What the run in `config.out` reached, if it is finished and `config` (with whole paths) asks for nothing more; writes nothing."""
     folder = RunFolder(Path(config.out))
-    delivered = folder.model / "config.json" if config.method == "full" else folder.adapter / "adapter_config.json"
-    if not all(path.is_file() for path in (folder.config, folder.summary, folder.path / "report.html", delivered)):
+    try:
+        needed = (folder.config, folder.summary, folder.path / "report.html", *_delivered(folder, config.method))
+        if not all(path.stat().st_size for path in needed):
+            return None
+        summary, begun = json.loads(folder.summary.read_text(encoding="utf-8")), load_config(folder.config)
+        if summary["status"] not in ENDS or _changed(config, begun) or not _long_enough(begun, summary):
+            return None
+        return _reached(folder, begun, summary)
+    except (OSError, ValueError, KeyError, TypeError):  # something is missing or damaged
         return None
-    summary, begun = json.loads(folder.summary.read_text(encoding="utf-8")), load_config(folder.config)
-    if summary.get("status") not in ENDS or _changed(config, begun) or not _long_enough(begun, summary):
-        return None
+
+
+def _delivered(folder: RunFolder, method: str) -> list[Path]:
+    """The files without which the run has delivered nothing."""
+    if method != "full":
+        return [folder.adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    index = folder.model / "model.safetensors.index.json"
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    return [folder.model / name for name in ("config.json", *sorted(shards))]
+
+
+def _reached(folder: RunFolder, begun: RunConfig, summary: dict[str, Any]) -> TrainResult:
     whole = begun.method == "full"
     return TrainResult(
         run_folder=folder.path, adapter_folder=None if whole else folder.adapter, model_folder=folder.model if whole else None,

@@ -28,7 +28,7 @@ from halfbyte.train import durable_files as durable
 from halfbyte.train.state import Progress, TrainState
 
 FORMAT, VERSION = "halfbyte-checkpoint", 1
-PART_BYTES = 64 << 20
+PART_BYTES = 16 << 20  # a save holds three times as much for a moment: copies, their bytes, the file
 MANIFEST_LIMIT = 16 << 20
 TENSOR_GROUPS = ("trainables", "optimizer", "rng")
 ASIDE = ".old-"

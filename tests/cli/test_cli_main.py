@@ -33,6 +33,7 @@ def test_help_and_mistakes_load_nothing_heavy(words: list[str]) -> None:
         (["merge", "runs/mien", "--out", "x"], "E-MODEL-014"), (["chat", "runs/mien"], "E-MODEL-001"),
         (["generate", "runs/mien", "hello"], "E-MODEL-001"), (["eval", "runs/mien", "--data", "rows.jsonl"], "E-MODEL-001"),
         (["generate", "meta-llama/Llama-3", "hello"], "E-MODEL-003"),
+        (["label", "runs/mien", "--data", "rows.jsonl", "--out", "x.jsonl"], "E-MODEL-001"),
     ],
 )  # fmt: skip
 def test_a_mistyped_folder_is_told_before_anything_heavy_is_loaded(words: list[str], code: str, tmp_path: Path) -> None:

@@ -134,6 +134,14 @@ def test_resuming_a_finished_run_loads_nothing_and_changes_nothing(
     (folder / "config.yaml").write_text(config.replace("max_steps: 4", "max_steps: 9"))  # was to be longer, and was killed
     assert finished.finished(load_config(folder / "config.yaml", flags={"out": str(folder)})) is None
     (folder / "config.yaml").write_text(config)
+    for name in ("run.json", "report.html", "adapter/adapter_model.safetensors"):
+        content = (folder / name).read_bytes()
+        for damaged in (content[:1], b""):
+            (folder / name).write_bytes(damaged)
+            if name == "run.json" or not damaged:
+                assert finished.finished(load_config(folder / "config.yaml", flags={"out": str(folder)})) is None
+        (folder / name).write_bytes(content)
+    assert finished.finished(load_config(folder / "config.yaml", flags={"out": str(folder)})) is not None
     shutil.rmtree(folder / "adapter")
     assert command(["train", "--resume", "--out", str(folder)]) == 0 and (folder / "adapter" / "adapter_config.json").is_file()
 

@@ -1,12 +1,16 @@
 """A trained classifier labels new texts: as transformers and PEFT do text by text, one line for each row, whole or not at all."""
 
+import datetime
 import errno
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -15,7 +19,7 @@ from halfbyte.cli.main import run as command
 from halfbyte.evaluate.labelling import label_texts
 from halfbyte.evaluate.opened import open_model
 from halfbyte.export.labelled import label_to_file
-from halfbyte.train import faults
+from halfbyte.train import durable_files, faults
 from tests.end_to_end.tiny_world import write_model
 
 LIMIT = 256  # tokens of the tiny model; its tokenizer makes one of each byte
@@ -153,6 +157,31 @@ def test_a_disk_that_fails_leaves_nothing(at: str, world: Path, tmp_path: Path, 
     with pytest.raises(hb.HalfbyteError, match="E-STORE-086"):
         label_to_file(world / "run", data, tmp_path / "out.jsonl")
     assert os.listdir(tmp_path) == ["new.jsonl"]
+
+
+def test_a_file_that_came_while_the_model_was_at_work_stays(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, out, real = write(tmp_path / "new.jsonl", [{"review": "lamp on"}]), tmp_path / "out.jsonl", durable_files.create
+
+    def create(path: Path, content: bytes) -> str:
+        out.write_text("another's\n")
+        return real(path, content)
+
+    monkeypatch.setattr(durable_files, "create", create)
+    with pytest.raises(hb.HalfbyteError, match="E-STORE-085"):
+        label_to_file(world / "run", data, out)
+    assert out.read_text() == "another's\n" and sorted(os.listdir(tmp_path)) == ["new.jsonl", "out.jsonl"]
+
+
+def test_what_json_cannot_hold_is_refused_or_written_as_text(world: Path, tmp_path: Path) -> None:
+    dates = pyarrow.table({"review": ["lamp on"], "day": [datetime.date(2026, 11, 2)]})
+    pyarrow.parquet.write_table(dates, tmp_path / "dates.parquet")
+    label_to_file(world / "run", tmp_path / "dates.parquet", tmp_path / "dates.jsonl")
+    assert read(tmp_path / "dates.jsonl")[0]["day"] == "2026-11-02"
+    for name, value, code in (("bytes", b"a", "E-DATA-098"), ("nan", math.nan, "E-DATA-024")):
+        pyarrow.parquet.write_table(pyarrow.table({"review": ["lamp on"], "x": [value]}), tmp_path / f"{name}.parquet")
+        with pytest.raises(hb.HalfbyteError, match=code):
+            label_to_file(world / "run", tmp_path / f"{name}.parquet", tmp_path / f"{name}.jsonl")
+        assert not (tmp_path / f"{name}.jsonl").exists()
 
 
 def test_a_model_that_writes_text_labels_nothing(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
