@@ -22,7 +22,6 @@ from halfbyte.export.merged import Merged, merge_to_folder
 from halfbyte.export.quantized import Quantized, calibration, quantize_to_folder
 from halfbyte.lora import inject as injection
 from halfbyte.lora.inject import Injected
-from halfbyte.models import trainer_callback
 from halfbyte.models.lazy_logits import make_lazy
 from halfbyte.models.source import loaded_weights
 from halfbyte.models.structure import fuse
@@ -128,6 +127,8 @@ def SaveAdapter(folder: str | Path) -> "TrainerCallback":
 
     Of several processes the first alone writes.  Raises what `save_adapter` does.
     """
+    from halfbyte.models import trainer_callback  # it loads transformers' trainer, and with it peft and bitsandbytes where they are
+
     return trainer_callback.SaveAdapter(folder, save_adapter)
 
 

@@ -196,3 +196,9 @@ def test_an_adapter_is_taken_out_and_leaves_nothing(settings: dict[str, Any], tm
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     torch.testing.assert_close(model(ids).logits, logits, rtol=1e-4, atol=1e-5)
     assert halfbyte.load_adapter(model, tmp_path / "adapter").names
+
+
+def test_training_loads_neither_peft_nor_bitsandbytes() -> None:
+    """They are beside this program in many environments; transformers' trainer would bring them in, some 55 MiB and a warning of theirs."""
+    code = "import sys; from halfbyte import api; print([name for name in ('peft', 'bitsandbytes') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
