@@ -4,6 +4,7 @@ docs/python.md is made from the docstrings here, with examples.
 """
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -384,10 +385,13 @@ class Run:
         trained = self.adapter_folder or self.model_folder
         classifies = self.config.model.task == "sequence-classification"
         held_out = self.config.data.eval_path or "FILE.jsonl"
+        run = shlex.quote(str(self.folder))
+        label = f"then     halfbyte label {run} --data FILE --out NEW.jsonl"
+        judged = [f"next     halfbyte eval {run} --data {shlex.quote(held_out)}", label]
         return "\n".join(
             [
                 f"{'adapter' if self.adapter_folder else 'model':<8} {trained}",
                 f"report   {self.report}",
-                f"next     halfbyte eval {self.folder} --data {held_out}" if classifies else f"next     halfbyte chat {self.folder}",
+                *(judged if classifies else [f"next     halfbyte chat {run}"]),
             ]
         )

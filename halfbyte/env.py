@@ -58,3 +58,8 @@ def omp_threads() -> int | None:
 def no_color() -> bool:
     """True when the user asked for plain text."""
     return bool(os.environ.get("NO_COLOR"))
+
+
+def at_home(name: str | Path) -> Path:
+    """A path with a leading ~ or ~user in full; one of a user that is not there stays as it is, as the shell leaves it."""
+    return Path(os.path.expanduser(name))  # Path.expanduser raises for a user that is not there

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from halfbyte import devices, host
+from halfbyte import devices, env, host
 from halfbyte.errors import EnvironmentFault
 
 
@@ -24,6 +24,10 @@ def test_describe_names_this_machine() -> None:
     assert machine.torch_threads == torch.get_num_threads()
     assert (len(machine.gpus) > 0) == torch.cuda.is_available()
     assert set(machine.as_dict()) >= {"cpu", "isa", "gpus", "dtypes"}
+
+
+def test_a_user_that_is_not_there_is_part_of_a_name() -> None:
+    assert env.at_home("~") == Path.home() and env.at_home("~no-such-user-here/x") == Path("~no-such-user-here/x")
 
 
 def test_memory_figures_follow_an_allocation() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from halfbyte import env
 from halfbyte.config.lora import LoraConfig
 from halfbyte.errors import AdapterError, StorageError
 from halfbyte.formats import peft
@@ -97,7 +98,7 @@ class Whole:
 
 def open_folder(folder: Path | str) -> Whole:
     """The adapter in a folder, or in a run's folder.  Raises AdapterError."""
-    path = Path(folder).expanduser()
+    path = env.at_home(folder)
     inner = path / "adapter"
     path = inner if (inner / "adapter_config.json").is_file() else path
     return Whole(path, peft.read(path))

@@ -29,7 +29,8 @@ def _load(file: Path, settings: list[str] | None, model: str, template: str | No
     from halfbyte.models.source import resolve
 
     overrides = [setting if setting.startswith("data.") else f"data.{setting}" for setting in settings or []]
-    config = load_config(None, overrides, {"data.path": str(file)})
+    labelled = {"model.task": "sequence-classification"} if "data.shape=classification" in overrides else {}
+    config = load_config(None, overrides, {"data.path": str(file), **labelled})
     source = resolve(model)
     tokenizer = load_tokenizer(source)
     try:

@@ -49,8 +49,10 @@ def model_and_settings(words: list[str]) -> tuple[str | None, Path | None, list[
     ('starter', PosixPath('run.yaml'), ['lora.rank=32'])
     """
 
+    from halfbyte import env
+
     def is_model(word: str) -> bool:
-        return not word.endswith((".yaml", ".yml")) and ("=" not in word or Path(word).expanduser().exists())
+        return not word.endswith((".yaml", ".yml")) and ("=" not in word or env.at_home(word).exists())
 
     model = next((word for word in words if is_model(word)), None)
     rest = list(words)

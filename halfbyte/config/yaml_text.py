@@ -1,7 +1,7 @@
 """Text of a settings file -> plain values with the line of each key, and values -> text.
 
 YAML as version 1.2 reads it: `1e-4` is a number, `yes` and `no` are words, dates are texts.  Kept small on purpose: no anchors, no tags, no
-second document, no duplicate keys, at most 1 MB and 5,000 values; nothing of the file is ever made into an object.
+second document, no duplicate keys, at most 1 MB and 100,000 values; nothing of the file is ever made into an object.
 Sources: https://yaml.org/spec/1.2.2/#103-core-schema
 """
 
@@ -16,7 +16,7 @@ from halfbyte.config.problems import NOTHING_DONE
 from halfbyte.errors import ConfigError
 
 MAX_BYTES = 1_000_000
-MAX_VALUES = 5_000
+MAX_VALUES = 100_000
 MAX_DEPTH = 20
 _INT = re.compile(r"[-+]?[0-9]+\Z")
 _WORDS: dict[str, Any] = {"": None, "~": None, "null": None, "Null": None, "NULL": None}

@@ -98,7 +98,7 @@ RULES: dict[str, Rule] = {
     "E-DATA-040": Rule(
         "the rows must have a known shape",
         "prompt and completion | messages | conversations | instruction and output | text | text and label | input_ids",
-        "rename the fields, or say data.shape=...",
+        "rename the fields, or name them: data.text_field=..., for labels data.label_field=... too",
     ),
     "E-DATA-041": Rule("all rows must have the same shape", "one shape per file", "split the file, or convert the rows"),
     "E-DATA-042": Rule(

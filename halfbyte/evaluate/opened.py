@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from halfbyte import env
 from halfbyte.adapters.folder import rebuild_base, require_fit, start_of
 from halfbyte.adapters.store import AdapterStore
 from halfbyte.config import QuantConfig, RunConfig, load_config
@@ -56,7 +57,7 @@ class Located:
 
 def locate(name: str | Path, *, base: str | None = None) -> Located:
     """Find out what a path is, by what lies there; see the table of this module.  Raises AdapterError and ConfigError."""
-    path = Path(name).expanduser()
+    path = env.at_home(name)
     if (path / "adapter_config.json").is_file():
         config = _run_config(path.parent)
         if base is None and config is not None:
@@ -94,7 +95,7 @@ def _no_adapter(folder: Path) -> AdapterError:
         "an adapter is a folder with adapter_config.json, or a run of method qlora or lora",
         code="E-ADAPT-082",
         place=str(folder),
-        found="something else" if folder.expanduser().exists() else "no such folder",
+        found="something else" if env.at_home(folder).exists() else "no such folder",
         remedy=did_you_mean(folder) or "name the folder that holds adapter_config.json",
         nothing_done="Nothing was loaded.",
     )
@@ -131,7 +132,7 @@ def _trained(run: Path, part: str) -> Path:
 
 def _named_base(adapter: Path) -> str:
     named = peft.read(adapter).base_name or ""
-    if named == "starter" or (named and Path(named).expanduser().exists()):
+    if named == "starter" or (named and env.at_home(named).exists()):
         return named
     raise AdapterError(
         "the base of an adapter must be at hand",
@@ -199,8 +200,8 @@ class Opened:
 
     def activate(self, name: str | None) -> None:
         """Use an adapter by name or by folder; None is the bare model."""
-        if name is not None and name not in self.store.names and Path(name).expanduser().is_dir():
-            name = self.add(Path(name).expanduser())
+        if name is not None and name not in self.store.names and env.at_home(name).is_dir():
+            name = self.add(env.at_home(name))
         self.store.activate(name)
         self.model.eval()
 
@@ -290,7 +291,7 @@ def open_with(adapters: Sequence[Path], name: str | Path, **options: Any) -> Ope
     """Open with several adapters at hand; the first of `adapters` acts, else the one the path brings.  Options as for `open_model`."""
     alone = locate(name).adapter is None  # the first then says how the base is stored, as it would as the only one
     opened = open_model(name, adapter=adapters[0] if adapters and alone else None, **options)
-    names = [opened.add(folder.expanduser()) for folder in adapters]
+    names = [opened.add(env.at_home(folder)) for folder in adapters]
     if names:
         opened.activate(names[0])
     return opened

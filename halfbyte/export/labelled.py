@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halfbyte import env
 from halfbyte.config import DataConfig, make
 from halfbyte.data.faults import Problem, error_of
 from halfbyte.data.load import read_samples
@@ -30,8 +31,8 @@ NOTHING = "Nothing was written."
 
 @dataclass(frozen=True)
 class Labelled:
-    """The file that was written, its rows, how many of them have each label, and how many have none because the text is empty or longer
-    than `limit` tokens."""
+    """The file that was written, its rows, how many of them have each label that occurs, and how many have none because the text is empty
+    or longer than `limit` tokens."""
 
     path: Path
     rows: int
@@ -73,6 +74,7 @@ def label_to_file(
     opening     options of `open_model`
     Raises DataError, ModelError, StorageError, ConfigError, NumericError; then nothing is written.
     """
+    out = env.at_home(out)
     require_new_file(out, data)
     opened = open_model(model, **opening)
     require_classifier(opened)
@@ -90,9 +92,8 @@ def label_to_file(
     _write(out, "".join(lines).encode())
     counts = Counter(one.label for one in found if one)
     empty = sum(not text.strip() for text in texts)
-    return Labelled(
-        out, len(found), {name: counts[name] for name in opened.labels}, empty, found.count(None) - empty, longest_text(opened)
-    )
+    named = {name: counts[name] for name in opened.labels if counts[name]}
+    return Labelled(out, len(found), named, empty, found.count(None) - empty, longest_text(opened))
 
 
 def _body(row: Row, new: tuple[str, str]) -> str:

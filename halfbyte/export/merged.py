@@ -7,6 +7,7 @@ A 4-bit base is dequantized and stays so: quantizing the sum again would round a
 folder is loaded again and its logits are compared with those of the unmerged model.
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ class Merged:
             )
         if self.untied:
             lines.append("output head and embedding were one table and are two now (tie_word_embeddings is false)")
-        lines.append(f"next     halfbyte {f'eval {self.out} --data FILE.jsonl' if self.classifies else f'chat {self.out}'}")
+        out = shlex.quote(str(self.out))
+        lines.append(f"next     halfbyte {f'eval {out} --data FILE.jsonl' if self.classifies else f'chat {out}'}")
         return "\n".join(line for line in lines if line)
 
 

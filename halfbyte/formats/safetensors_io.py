@@ -261,6 +261,30 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] |
     sync(path)
 
 
+def pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A file with these tensors, piece by piece: the length of the header, the header, then one tensor after the other, wide types first.
+
+    Copies nothing that lies contiguous on the host, where the library's `save` would hold everything twice more.  Raises WeightError for a
+    type that the format does not have.  Format: https://github.com/huggingface/safetensors#format
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    entries, at = {}, 0
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    for name in order:
+        one = tensors[name]
+        if one.dtype not in names:
+            raise _bad(Path(name), "E-WEIGHT-059", "a tensor must be of a type that safetensors files have", str(one.dtype), name)
+        entries[name] = {"dtype": names[one.dtype], "shape": list(one.shape), "data_offsets": [at, at + one.nbytes]}
+        at += one.nbytes
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    yield len(header).to_bytes(8, "little")
+    yield header
+    for name in order:
+        if tensors[name].numel():
+            yield tensors[name].detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data
+
+
 def save_sharded(
     folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = 4 << 30, metadata: Mapping[str, str] | None = None
 ) -> list[Path]:

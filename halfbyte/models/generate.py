@@ -162,7 +162,7 @@ def writes_no_text(place: str) -> ConfigError:
     """The refusal of a model that cannot answer."""
     return ConfigError(
         "only a model that writes text can answer", code="E-CONF-068", place=place, found="a model without a language head",
-        remedy="judge a classifier with: halfbyte eval", nothing_done="Nothing was generated.",
+        remedy="a classifier is judged with halfbyte eval, and labels new texts with halfbyte label", nothing_done="Nothing was generated.",
     )  # fmt: skip
 
 

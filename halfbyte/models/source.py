@@ -70,7 +70,7 @@ def resolve(name: str, *, revision: str | None = None, allow_download: bool = Fa
         folder = _once(f"starter-{STARTER_SHA256[:12]}-{LAYOUT}", _make_starter)
         return Source("starter", folder, name, folder_digest(folder))
     require_at_hand(name, allow_download=allow_download)
-    path = Path(name).expanduser()
+    path = env.at_home(name)
     if path.is_dir():
         return Source("folder", path, name, folder_digest(path))
     if path.is_file():
@@ -132,7 +132,7 @@ def near_folder(name: str) -> str:
 
 def _path_of(name: str) -> Path:
     try:
-        return Path(name).expanduser()
+        return env.at_home(name)
     except RuntimeError:  # ~ and the name of nobody
         return Path(name)
 

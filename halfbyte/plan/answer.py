@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from halfbyte import host
+from halfbyte import env, host
 from halfbyte.data.lengths import Lengths
 from halfbyte.errors import ConfigError
 from halfbyte.plan.activations import own_layers
@@ -77,7 +77,7 @@ def shape_of(name: str, *, revision: str | None = None, allow_download: bool = F
 
     With `allow_download` config and tokenizer of a hub id are fetched, its weights are not.
     """
-    path = Path(name).expanduser()
+    path = env.at_home(name)
     if path.suffix == ".json" or path.is_dir():
         folder = path.parent if path.suffix == ".json" else path
         shape = ModelShape.read(path)
@@ -118,7 +118,7 @@ def answer(question: Question) -> Answer:
     listed = [one for every in tried.values() for one in every if one.verdict != NOT]
     listed.sort(key=lambda one: (one.verdict == TIGHT, places[one.setting.method]))
     rates = nearest_rates(shape, question.base.dtype, read_all(), question.threads) if hardware.name == PROCESSOR else None
-    cost = advice(shape, question.base.format) or "its few bits cost a little held-out loss"
+    cost = (advice(shape, question.base.format) if question.base.init == "default" else "") or "its few bits cost a little held-out loss"
     reasons = tuple((method, f"{why}; {cost}" if method == "qlora" else why) for method, why in ranking)
     smallest = {method: least(every) for method, every in tried.items()}
     return Answer(question, found, smallest, reasons, changes, tuple(listed), rates)

@@ -276,7 +276,7 @@ def plan_memory(shape: ModelShape, setting: Setting, program_bytes: int = 0) -> 
         Term("logits", chunk_bytes(shape, setting), "head" if setting.device == "gpu" else "always", "one chunk of 96 MiB in float32"),
         Term("workspace", workspace_bytes(shape, setting), "layer", "backward of one layer, and its largest matrix in full"),
         Term("update", update, "update", "temporaries of the optimizer's update, or the backward of the last layer"),
-        Term("program", program_bytes, "loaded", "measured: interpreter and libraries before a model is loaded"),
+        Term("program", program_bytes, "loaded", f"{'measured' if setting.device == 'cpu' else 'an estimate'}: interpreter and libraries"),
         Term(
             "layer inputs on the host",
             pinned_inputs_bytes(shape, setting) if setting.device == "gpu" else 0,

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from halfbyte import devices
+from halfbyte import devices, env
 from halfbyte.config import RunConfig
 from halfbyte.errors import ConfigError, DataError, DoesNotFitError, NumericError
 from halfbyte.studies import base, judging, learning_rate, rows
@@ -153,7 +153,7 @@ def _check(study: Study) -> None:
         if found < least:
             raise ConfigError("a count must be in its range", code="E-CONF-418", place=place, found=str(found), expected=f"{least} or more",
                               nothing_done="Nothing was trained.")  # fmt: skip
-    if study.general not in (None, "none") and not Path(str(study.general)).expanduser().exists():
+    if study.general not in (None, "none") and not env.at_home(str(study.general)).exists():
         raise DataError("the file of general text must exist", code="E-DATA-411", place="--general", found=str(study.general),
                         remedy="check the path; none leaves general text out", nothing_done="Nothing was trained.")  # fmt: skip
     if study.seeds < 1:
@@ -270,4 +270,4 @@ def _train_all(
 def absolute(study: Study) -> Study:
     """The study with the whole path of its general text, so that it is found from any working directory."""
     given = study.general
-    return study if given in (None, "none") else replace(study, general=str(Path(str(given)).expanduser().absolute()))
+    return study if given in (None, "none") else replace(study, general=str(env.at_home(str(given)).absolute()))

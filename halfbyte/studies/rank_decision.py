@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from halfbyte.studies.rank_capacity import Capacity
 from halfbyte.studies.rank_gradient import Gradient
 from halfbyte.studies.rank_probe import Probe
+from halfbyte.units import count_text
 
 FLOOR = 8
 LONG = 4
@@ -73,7 +74,7 @@ def _start(capacity: Capacity | None, gradient: Gradient | None, probe: Probe | 
         return rank, stage, reasons
     if capacity is not None:
         rank = max(FLOOR, power_of_two(capacity.rank))
-        reasons = [f"capacity: {capacity.bits / 1e3:.0f} kbit (estimate) need rank {capacity.rank}"
+        reasons = [f"capacity: {count_text(capacity.bits)} bits (estimate) take rank {capacity.rank}"
                    + (f"; {FLOOR} is the least without a probe" if rank > power_of_two(capacity.rank) else "")]  # fmt: skip
         return rank, "capacity", reasons
     assert gradient is not None

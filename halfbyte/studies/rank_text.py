@@ -31,7 +31,7 @@ def stages_text(found: Recommendation) -> list[str]:
     if (held := found.capacity) is not None:
         lines.append(
             f"capacity   {count_text(held.trained_tokens)} trained tokens, {percent_text(held.new_share)} of them new; loss "
-            f"{held.base_loss:.3f} nats/token, floor {held.floor:.3f}: {held.bits / 1e3:.0f} kbit (estimate) -> rank {held.rank} "
+            f"{held.base_loss:.3f} nats/token, floor {held.floor:.3f}: {count_text(held.bits)} bits (estimate) -> rank {held.rank} "
             f"for {held.task} (estimate)"
         )
     if (seen := found.gradient) is not None:

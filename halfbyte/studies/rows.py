@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from halfbyte import env
 from halfbyte.config import RunConfig
 from halfbyte.data.load import content_hash, read_samples, split
 from halfbyte.data.rows import part_of_folder
@@ -139,7 +140,7 @@ def general_text(folder: Path, given: str | None, fits: Callable[[str], bool]) -
     Pieces of prose are halved until each fits into what the model can see.
     """
     if given is not None:
-        return Path(given).expanduser().absolute(), Path(given).name
+        return env.at_home(given).absolute(), Path(given).name
     path = folder / "rows" / "general.jsonl"
     kept = [json.loads(line)["text"] for line in path.read_text("utf-8").split("\n") if line] if path.is_file() else []
     pieces = kept or python_prose()

@@ -13,6 +13,7 @@ import errno
 import hashlib
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from halfbyte.train import faults
@@ -20,27 +21,32 @@ from halfbyte.train import faults
 CHUNK = 1 << 20
 
 
-def create(path: Path, content: bytes) -> str:
-    """Write a new file durably and return the sha256 of what was written, as hex.  Raises FileExistsError when it exists."""
+def create(path: Path, content: bytes | Iterable[bytes | memoryview]) -> str:
+    """Write a new file durably, whole or piece by piece, and return the sha256 of what was written, as hex.  FileExistsError when it
+    exists."""
     digest = hashlib.sha256()
     faults.point("checkpoint.open")
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        view = memoryview(content)
-        for start in range(0, len(view), CHUNK):
-            chunk = view[start : start + CHUNK]
-            digest.update(chunk)
-            while chunk:
-                faults.point("checkpoint.write")
-                written = os.write(descriptor, chunk)
-                if written == 0:
-                    raise OSError(errno.EIO, "the system wrote no byte", str(path))
-                chunk = chunk[written:]
+        for piece in (content,) if isinstance(content, bytes) else content:
+            for start in range(0, len(piece), CHUNK):
+                chunk = memoryview(piece)[start : start + CHUNK]
+                digest.update(chunk)
+                _write_all(descriptor, chunk, path)
         faults.point("checkpoint.fsync")
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
     return digest.hexdigest()
+
+
+def _write_all(descriptor: int, chunk: memoryview, path: Path) -> None:
+    while chunk:
+        faults.point("checkpoint.write")
+        written = os.write(descriptor, chunk)
+        if written == 0:
+            raise OSError(errno.EIO, "the system wrote no byte", str(path))
+        chunk = chunk[written:]
 
 
 def sync_folder(path: Path) -> None:

@@ -32,7 +32,7 @@ def finished(config: RunConfig) -> TrainResult | None:
         if not all(path.stat().st_size for path in needed):
             return None
         summary, begun = json.loads(folder.summary.read_text(encoding="utf-8")), load_config(folder.config)
-        if summary["status"] not in ENDS or _changed(config, begun) or not _long_enough(begun, summary):
+        if summary["status"] not in ENDS or _changed(config, begun, summary) or not _long_enough(begun, summary):
             return None
         return _reached(folder, begun, summary)
     except (OSError, ValueError, KeyError, TypeError):  # something is missing or damaged
@@ -59,10 +59,12 @@ def _reached(folder: RunFolder, begun: RunConfig, summary: dict[str, Any]) -> Tr
     )  # fmt: skip
 
 
-def _changed(config: RunConfig, begun: RunConfig) -> list[str]:
+def _changed(config: RunConfig, begun: RunConfig, summary: dict[str, Any]) -> list[str]:
     """Settings that ask for something else than the run was; what was left `auto` or to the rows asks for what was chosen."""
     now, then = (flatten(each.model_dump(mode="json")) for each in (config, begun))
     open_keys = WHILE_TRAINING | {key for key in now if now[key] == "auto" or (key == "model.labels" and not now[key])}
+    if config.train.max_steps is not None and config.train.max_steps <= summary["steps"]:
+        open_keys = open_keys | {"train.max_steps", "train.epochs"}  # no more than it did
     return [key for key in now if now[key] != then[key] and key not in open_keys]
 
 

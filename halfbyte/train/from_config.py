@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from halfbyte import env
 from halfbyte.config.run import RunConfig
 from halfbyte.data.load import TrainData, load_data, require_task
 from halfbyte.log import logger
@@ -69,7 +70,7 @@ def anchored(config: RunConfig) -> RunConfig:
     """`config` with whole paths of the files it names, so that what is written down is found from any working directory."""
 
     def whole(name: str | None) -> str | None:
-        path = Path(name or "").expanduser()
+        path = env.at_home(name or "")
         return str(path.absolute()) if name and (path.exists() or any(sign in name for sign in "*?[")) else name
 
     model = {"template": whole(config.model.template)} | ({} if config.model.name == "starter" else {"name": whole(config.model.name)})

@@ -30,7 +30,7 @@ def header_of(training: "Training") -> Header:
         ("trains", f"{count_text(assembled.trainable_params)} parameters, {percent_text(share)}"),
         ("optimizer", describe(training.groups)),
         ("data", f"{len(data.train):,} rows to train on{packed}, {len(data.eval):,} held out"),
-        ("steps", f"{training.total_steps:,} of {train.global_batch_size} rows ({windows} x {train.micro_batch_size})"),
+        ("steps", f"{training.total_steps:,}, each of {train.global_batch_size} rows ({windows} x {train.micro_batch_size})"),
         ("memory", f"{bytes_text(host.rss_bytes())} in use, {bytes_text(available)} of {bytes_text(total)} available"),
         ("folder", str(training.folder.path)),
     ]

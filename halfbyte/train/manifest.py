@@ -12,10 +12,11 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from io import BufferedReader
 from pathlib import Path
 
 import safetensors.torch
@@ -24,11 +25,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from halfbyte.errors import CheckpointError, StorageError
+from halfbyte.formats.safetensors_io import pieces
 from halfbyte.train import durable_files as durable
 from halfbyte.train.state import Progress, TrainState
 
 FORMAT, VERSION = "halfbyte-checkpoint", 1
-PART_BYTES = 16 << 20  # a save holds three times as much for a moment: copies, their bytes, the file
+PART_BYTES = 64 << 20
 MANIFEST_LIMIT = 16 << 20
 TENSOR_GROUPS = ("trainables", "optimizer", "rng")
 ASIDE = ".old-"
@@ -87,8 +89,9 @@ def write(folder: Path, state: TrainState) -> None:
     """Write every file of a checkpoint into an empty folder, the manifest last, and make all of it durable.  Raises OSError."""
     files: dict[str, dict[str, object]] = {}
 
-    def add(name: str, content: bytes) -> None:
-        files[name] = {"bytes": len(content), "sha256": durable.create(folder / name, content)}
+    def add(name: str, content: bytes | Iterable[bytes | memoryview]) -> None:
+        digest = durable.create(folder / name, content)
+        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest}
 
     for group in TENSOR_GROUPS:
         for name, content in _parts(group, getattr(state, group)):
@@ -108,8 +111,8 @@ def check(path: Path) -> Manifest:
     """The manifest of a checkpoint all of whose files agree with it.  Raises CheckpointError with the reason as its `found`."""
     with reading(path):
         manifest = _manifest(path)
-        for name in manifest.files:
-            _content(path, name, manifest)
+        for name, (size, digest) in manifest.files.items():
+            _require_same(path, name, size, digest)
         return manifest
 
 
@@ -137,18 +140,18 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _parts(group: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, bytes]]:
-    """(file name, content) of the safetensors files of one group, each about PART_BYTES, so that memory stays bounded."""
+def _parts(group: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Iterator[bytes | memoryview]]]:
+    """(file name, content) of the safetensors files of one group, each about PART_BYTES, so that reading one stays bounded."""
     part: dict[str, Tensor] = {}
     size, number = 0, 1
     for name in sorted(tensors):
-        tensor = tensors[name].detach().to("cpu", copy=True).contiguous()
+        tensor = tensors[name]
         if part and size + tensor.nbytes > PART_BYTES:
-            yield _part_name(group, number), safetensors.torch.save(part)
+            yield _part_name(group, number), pieces(part)
             part, size, number = {}, 0, number + 1
         part[name] = tensor
         size += tensor.nbytes
-    yield _part_name(group, number), safetensors.torch.save(part)
+    yield _part_name(group, number), pieces(part)
 
 
 def _part_name(group: str, number: int) -> str:
@@ -184,6 +187,15 @@ def _is_entry(entry: object) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
 
 
+def _require_same(path: Path, name: str, size: int, digest: str) -> None:
+    """Raise CheckpointError unless a file has this size and hash; reads it piece by piece."""
+    with _opened(path, name, size) as file:
+        if os.fstat(file.fileno()).st_size != size:
+            raise unusable(path, f"{name} has {os.fstat(file.fileno()).st_size:,} bytes, its manifest says {size:,}")
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+            raise unusable(path, f"{name} does not have the sha256 of its manifest: its bytes were changed")
+
+
 def _content(path: Path, name: str, manifest: Manifest) -> bytes:
     """The bytes of one file, after its size and hash agreed."""
     size, digest = manifest.files[name]
@@ -197,11 +209,19 @@ def _content(path: Path, name: str, manifest: Manifest) -> bytes:
 
 def _bytes(path: Path, name: str, limit: int) -> bytes:
     """A regular file's bytes; one that is longer than `limit` is not read."""
+    with _opened(path, name, limit) as file:
+        return file.read()
+
+
+@contextmanager
+def _opened(path: Path, name: str, limit: int) -> Iterator[BufferedReader]:
+    """A regular file of at most `limit` bytes, to be read; what the system says against it is told as a checkpoint's fault."""
     try:
         status = (path / name).stat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
             raise unusable(path, f"{name} is not a regular file of at most {limit:,} bytes")
-        return (path / name).read_bytes()
+        with (path / name).open("rb") as file:
+            yield file
     except FileNotFoundError as error:
         raise unusable(path, f"{name} is missing") from error
     except PermissionError as error:

@@ -43,7 +43,7 @@ CASES: dict[str, Case] = {
     "python_tag": Case('data: !!python/object/apply:os.system ["true"]\n'),
     "two_documents": Case("data: rows.jsonl\n---\ndata: other.jsonl\n"),
     "deep_nesting": Case("data: " + "[" * 400 + "]" * 400 + "\n"),
-    "too_many_values": Case("data: rows.jsonl\nmodel: {labels: [" + "a, " * 6000 + "b]}\n"),
+    "too_many_values": Case("data: rows.jsonl\nmodel: {labels: [" + "a, " * 120_000 + "b]}\n"),
     "list_at_top": Case("- data: rows.jsonl\n"),
     "word_at_top": Case("rows.jsonl\n"),
     "key_is_a_list": Case("[a, b]: 3\n"),

@@ -47,7 +47,9 @@ def test_a_classifier_learns_and_peft_reads_it(
         "train.eval_every_steps=30", "train.save_every_steps=30", "model.dtype=float32",
     ]  # fmt: skip
     assert command([str(word) for word in words]) == 0
-    assert f"next     halfbyte eval {tmp_path / 'run'} --data {held_out}\n" in capsys.readouterr().out
+    closing = capsys.readouterr().out
+    assert f"next     halfbyte eval {tmp_path / 'run'} --data {held_out}\n" in closing
+    assert f"then     halfbyte label {tmp_path / 'run'} --data FILE --out NEW.jsonl\n" in closing
     with monkeypatch.context() as patch:
         patch.setattr(opened, "load_model", lambda *ignored, **too: pytest.fail("loaded"))
         for asked in (["chat", "run"], ["generate", "run", "hello"], ["chat", str(tiny_folder), "--adapter", "run"]):

@@ -128,6 +128,7 @@ def test_resuming_a_finished_run_loads_nothing_and_changes_nothing(
             assert "this run is finished: step 4 of 4" in said.err and f"adapter  {folder / 'adapter'}" in said.out
         assert hb.train(out=folder, resume=True).summary["status"] == "finished"
         assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()} == before
+        assert finished.finished(load_config(folder / "config.yaml", flags={"out": str(folder), "train.max_steps": 2})) is not None
         for change in ({"train.max_steps": 5}, {"train.keep_best": False}, {"lora.rank": 5}):
             assert finished.finished(load_config(folder / "config.yaml", flags={"out": str(folder), **change})) is None
     config = (folder / "config.yaml").read_text()

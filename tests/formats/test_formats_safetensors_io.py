@@ -238,3 +238,20 @@ def test_reading_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
             file.seek(-32, os.SEEK_END)
             file.write(bytes(32))
         assert torch.equal(x, torch.ones(8)) and torch.equal(tensors["y"], torch.zeros(8))
+
+
+def test_a_file_written_piece_by_piece_is_read_by_the_library(tmp_path: Path) -> None:
+    """Every type, no element, one number, and what does not lie in order; the pieces of one that does are its own memory."""
+    made = {str(dtype): torch.arange(7, dtype=torch.float32).to(dtype) for dtype in io.DTYPES.values()}
+    made |= {"none": torch.empty(0, 3), "one": torch.tensor(2.5), "turned": torch.arange(6.0).reshape(2, 3).T, "a\"é\n": torch.ones(1)}
+    path = tmp_path / "made.safetensors"
+    path.write_bytes(b"".join(io.pieces(made)))
+    found = load_file(path)
+    assert found.keys() == made.keys() and io.read_header(path).tensors.keys() == made.keys()
+    assert all(found[name].dtype == one.dtype and torch.equal(found[name], one.contiguous()) for name, one in made.items())
+    held = torch.zeros(5)
+    *_, last = io.pieces({"held": held})
+    held[4] = 1.0
+    assert bytes(last[16:]) == bytes(torch.ones(1).numpy())
+    with pytest.raises(WeightError, match="E-WEIGHT-059"):
+        list(io.pieces({"odd": torch.zeros(2, dtype=torch.complex64)}))
