@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from halfbyte.errors import StorageError, WeightError
@@ -245,30 +244,22 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None) -> None:
-    """One file, synced.  Raises OSError, also where the library calls what the system said an error of its own kind.
-
-    The library makes files that only their owner may read; this one gets the mode of any other file, which the umask says.
-    """
-    path.touch()
-    mode = path.stat().st_mode & 0o777
-    try:
-        save_file(tensors, path, dict(metadata or {"format": "pt"}))
-    except SafetensorError as fault:
-        if "I/O error" not in str(fault):
-            raise
-        raise OSError(str(fault)) from fault
-    path.chmod(mode)
+    """One file, synced.  Raises OSError."""
+    with path.open("wb") as file:
+        for piece in pieces(tensors, metadata or {"format": "pt"}):
+            file.write(piece)
     sync(path)
 
 
-def pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[bytes | memoryview]:
     """A file with these tensors, piece by piece: the length of the header, the header, then one tensor after the other, wide types first.
 
     Copies nothing that lies contiguous on the host, where the library's `save` would hold everything twice more.  Raises WeightError for a
     type that the format does not have.  Format: https://github.com/huggingface/safetensors#format
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
-    entries, at = {}, 0
+    entries: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    at = 0
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     for name in order:
         one = tensors[name]

@@ -195,7 +195,7 @@ def test_what_a_killed_save_left_does_not_stop_the_next(tmp_path: Path) -> None:
     assert len(load_file(tmp_path / "one.safetensors")["a"]) == 3
 
 
-@pytest.mark.parametrize("point", ("save_file", "replace"))
+@pytest.mark.parametrize("point", ("pieces", "replace"))
 def test_a_failing_disk_leaves_the_old_files(point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     io.save_sharded(tmp_path, {"a": torch.zeros(100), "b": torch.zeros(100)}, 500)
     io.save(tmp_path / "one.safetensors", {"a": torch.zeros(3)})
@@ -204,7 +204,7 @@ def test_a_failing_disk_leaves_the_old_files(point: str, tmp_path: Path, monkeyp
     def full(*arguments: object, **keywords: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(*(io, "save_file") if point == "save_file" else (os, "replace"), full)
+    monkeypatch.setattr(*(io, "pieces") if point == "pieces" else (os, "replace"), full)
     with pytest.raises(StorageError, match="No space left"):
         io.save_sharded(tmp_path, {"a": torch.ones(100), "b": torch.ones(100)}, 500)
     with pytest.raises(StorageError, match="No space left"):
