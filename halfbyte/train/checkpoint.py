@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from halfbyte import log
 from halfbyte.errors import CheckpointError, NumericError
@@ -124,6 +125,11 @@ def scan(folder: Path) -> Scan:
 def load(path: Path) -> TrainState:
     """Read one checkpoint; every byte that is used was hashed first.  Raises CheckpointError with the reason as its `found`."""
     return manifest.read(path)
+
+
+def load_trainables(path: Path) -> dict[str, Tensor]:
+    """The trained tensors of one checkpoint alone, hashed first.  Raises CheckpointError."""
+    return manifest.read_group(path, "trainables")
 
 
 def load_newest(folder: Path) -> Loaded:

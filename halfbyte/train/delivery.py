@@ -65,7 +65,7 @@ def load_best(training: "Training") -> int:
         return progress.step
     path = training.saver.folder / checkpoint.step_name(progress.best_step)
     try:
-        saved = checkpoint.load(path).trainables
+        saved = checkpoint.load_trainables(path)
     except CheckpointError as error:
         training.note(f"the best weights (step {progress.best_step}) cannot be read, the last ones are delivered: {error.found}")
         return progress.step

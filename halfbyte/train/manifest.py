@@ -130,6 +130,16 @@ def read(path: Path) -> TrainState:
         return TrainState(progress=progress, identity=manifest.identity, **tensors)
 
 
+def read_group(path: Path, group: str) -> dict[str, Tensor]:
+    """One of TENSOR_GROUPS of a checkpoint, hashed first; what is not asked for is not read.  Raises CheckpointError."""
+    with reading(path):
+        manifest, tensors = _manifest(path), dict[str, Tensor]()
+        for name in manifest.files:
+            if name.removesuffix(".safetensors").partition("-")[0] == group:
+                tensors |= _tensors(path, name, _content(path, name, manifest))
+        return tensors
+
+
 def canonical(values: Mapping[str, object]) -> bytes:
     """One byte form per value, so that any changed byte shows.  Floats keep all their bits; NaN is a ValueError."""
     return (json.dumps(values, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
