@@ -11,6 +11,7 @@ from typing import Any
 
 from halfbyte.config import load_config
 from halfbyte.config.run import RunConfig
+from halfbyte.models.calibrated_base import BASE
 from halfbyte.train import metrics
 from halfbyte.train.identity import flatten
 from halfbyte.train.loop import TrainResult
@@ -32,6 +33,8 @@ def finished(config: RunConfig) -> TrainResult | None:
         if not all(path.stat().st_size for path in needed):
             return None
         summary, begun = json.loads(folder.summary.read_text(encoding="utf-8")), load_config(folder.config)
+        if begun.quant.calibrate is True and not (folder.path / BASE).is_dir():  # what the run trained on lies beside its adapter
+            return None
         if summary["status"] not in ENDS or _changed(config, begun, summary) or not _long_enough(begun, summary):
             return None
         return _reached(folder, begun, summary)

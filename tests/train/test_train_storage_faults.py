@@ -151,10 +151,10 @@ def test_a_folder_that_vanished_is_an_error(tmp_path: Path) -> None:
 def test_a_folder_that_may_not_be_read_is_an_error_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(tmp_path / "checkpoints", state_at(1))
 
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, *mode: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(StorageError, match="Permission denied"):
         checkpoint.load_newest(tmp_path / "checkpoints")
 
