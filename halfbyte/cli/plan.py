@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from halfbyte import env
 from halfbyte.cli.train import split_settings
 
 Words = Annotated[
@@ -48,8 +49,6 @@ def model_and_settings(words: list[str]) -> tuple[str | None, Path | None, list[
     >>> model_and_settings(["starter", "run.yaml", "lora.rank=32"])
     ('starter', PosixPath('run.yaml'), ['lora.rank=32'])
     """
-
-    from halfbyte import env
 
     def is_model(word: str) -> bool:
         return not word.endswith((".yaml", ".yml")) and ("=" not in word or env.at_home(word).exists())

@@ -84,7 +84,7 @@ def require_at_hand(name: str, *, allow_download: bool = False) -> None:
     `owner/name` is a hub id, but for one whose owner is a folder here, or which is nearly the name of a folder: that was meant as a path,
     as long as no download was allowed.
     """
-    path = _path_of(name)
+    path = env.at_home(name)
     if name == "starter" or os.path.exists(path):  # false, and no exception, for what no path can be
         return
     hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
@@ -103,7 +103,7 @@ def require_at_hand(name: str, *, allow_download: bool = False) -> None:
 
 def require_folder(name: str | Path) -> None:
     """Raise ModelError where there is no folder of this name, and name the nearest."""
-    if not os.path.isdir(_path_of(str(name))):
+    if not os.path.isdir(env.at_home(str(name))):
         raise ModelError(
             "a run and an adapter are folders", code="E-MODEL-014", place=str(name), found="no such folder",
             remedy=did_you_mean(name) or "name the folder of a run, or the one that holds adapter_config.json",
@@ -118,7 +118,7 @@ def did_you_mean(name: str | Path) -> str:
 
 def near_folder(name: str) -> str:
     """The folder, or GGUF file, whose path differs from `name` by a slip in its parts; empty where there is none."""
-    path = _path_of(name)
+    path = env.at_home(name)
     parts, here = path.parts, Path(path.anchor)
     for part in parts[1:] if path.anchor else parts:
         if not os.path.exists(here / part):
@@ -128,13 +128,6 @@ def near_folder(name: str) -> str:
             part = close[0]
         here /= part
     return "" if str(here) in (".", path.anchor) else str(here)
-
-
-def _path_of(name: str) -> Path:
-    try:
-        return env.at_home(name)
-    except RuntimeError:  # ~ and the name of nobody
-        return Path(name)
 
 
 def _names_in(folder: Path) -> list[str]:

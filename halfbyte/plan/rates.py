@@ -30,6 +30,7 @@ from halfbyte.shape import ModelShape
 from halfbyte.units import percent_text
 
 VERSION = 2
+MOST_THREADS = 1024  # what train.threads takes
 LONGEST_SECONDS = 600.0
 IDLE = 0.8  # share of the processor time that a program is given; less, and others compute here
 MADE_BY = ("halfbyte", "torch", "numba")
@@ -152,8 +153,8 @@ def read_all(path: Path | None = None) -> list[Rates]:
 
 
 def threads_of(asked: int | str = "auto") -> int:
-    """Threads that train.threads stands for: auto is what OMP_NUM_THREADS asks for, else one for each core."""
-    return asked if isinstance(asked, int) else env.omp_threads() or host.usable_cores()
+    """Threads that train.threads stands for: auto is what OMP_NUM_THREADS asks for, as far as the setting goes, else one for each core."""
+    return asked if isinstance(asked, int) else min(env.omp_threads() or host.usable_cores(), MOST_THREADS)
 
 
 def nearest_rates(shape: ModelShape, dtype: str, found: list[Rates], threads: int) -> Rates | None:

@@ -22,8 +22,7 @@ CHUNK = 1 << 20
 
 
 def create(path: Path, content: bytes | Iterable[bytes | memoryview]) -> str:
-    """Write a new file durably, whole or piece by piece, and return the sha256 of what was written, as hex.  FileExistsError when it
-    exists."""
+    """Write a new file durably, whole or piece by piece; the sha256 of what was written, as hex.  Raises FileExistsError."""
     digest = hashlib.sha256()
     faults.point("checkpoint.open")
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

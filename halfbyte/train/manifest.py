@@ -126,7 +126,7 @@ def read(path: Path) -> TrainState:
             if name == "state.json":
                 progress = _progress(path, content)
             else:
-                tensors[name.removesuffix(".safetensors").partition("-")[0]] |= _tensors(path, name, content)
+                tensors[_group_of(name)] |= _tensors(path, name, content)
         return TrainState(progress=progress, identity=manifest.identity, **tensors)
 
 
@@ -135,7 +135,7 @@ def read_group(path: Path, group: str) -> dict[str, Tensor]:
     with reading(path):
         manifest, tensors = _manifest(path), dict[str, Tensor]()
         for name in manifest.files:
-            if name.removesuffix(".safetensors").partition("-")[0] == group:
+            if _group_of(name) == group:
                 tensors |= _tensors(path, name, _content(path, name, manifest))
         return tensors
 
@@ -166,6 +166,10 @@ def _parts(group: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Ite
 
 def _part_name(group: str, number: int) -> str:
     return f"{group}.safetensors" if number == 1 else f"{group}-{number}.safetensors"
+
+
+def _group_of(name: str) -> str:
+    return name.removesuffix(".safetensors").partition("-")[0]
 
 
 def _manifest(path: Path) -> Manifest:

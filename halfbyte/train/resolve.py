@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from halfbyte import env, host
+from halfbyte import host
 from halfbyte.config.run import RunConfig
 from halfbyte.log import logger
 from halfbyte.plan.decide import divisors
+from halfbyte.plan.rates import threads_of
 from halfbyte.plan.search import BATCH_TOKENS
 
 EVALUATIONS = 8
 LARGE_MODEL = 3_000_000_000
-MOST_THREADS = 1024  # what train.threads takes
 
 
 def total_steps(config: RunConfig, items: int) -> int:
@@ -41,11 +41,9 @@ def learning_rate(method: str, total_params: int) -> float:
 
 def auto_threads() -> int:
     """One for each core, unless OMP_NUM_THREADS asks for another number; that is told."""
-    cores, asked = host.usable_cores(), env.omp_threads()
-    if asked is None or asked == cores:
-        return cores
-    threads = min(asked, MOST_THREADS)
-    logger().info("train.threads=%d: OMP_NUM_THREADS is set; there are %d cores", threads, cores)
+    threads, cores = threads_of(), host.usable_cores()
+    if threads != cores:
+        logger().info("train.threads=%d: OMP_NUM_THREADS is set; there are %d cores", threads, cores)
     return threads
 
 

@@ -72,8 +72,8 @@ class Training:
         self.stop, self.audience, self.model, self.plan = stop, audience, assembled.model, plan
         self.began, self.seconds_before = time.monotonic(), 0.0
         devices.set_threads(int(config.train.threads))
-        # rows of one length take the same blocks again; with rows of many lengths keeping them cost a third more memory and won no time,
-        # and so did keeping the gradients of a whole model
+        # rows of one length take the same blocks again; with rows of many lengths keeping them cost a third more memory and won no time;
+        # the gradients of a whole model cost a third more as well
         keeps = assembled.model.device.type == "cpu" and config.data.packing and config.method != "full"
         self.freed = devices.FreedMemory() if keeps else None
         self.device = device_of(assembled)

@@ -213,8 +213,8 @@ def test_a_failing_disk_leaves_the_old_files(point: str, tmp_path: Path, monkeyp
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_what_the_system_says_while_the_library_writes_is_a_storage_error(tmp_path: Path) -> None:
-    """The library has an error kind of its own for a write that fails; here the system refuses files above 10,000 bytes."""
+def test_what_the_system_says_while_a_file_is_written_is_a_storage_error(tmp_path: Path) -> None:
+    """Here it refuses files above 10,000 bytes."""
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, usual[1]))
     try:

@@ -281,7 +281,8 @@ if __name__ == "__main__":
 def _mapped_bytes(file: Path) -> int:
     """Resident pages of a mapped file in this process."""
     blocks = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
-    return sum(int(re.search(r"^Rss: +(\d+) kB", block, re.MULTILINE)[1]) << 10 for block in blocks if f"{file}\n" in block)  # type: ignore[index]
+    held = [size for block in blocks if f"{file}\n" in block for size in re.findall(r"^Rss: +(\d+) kB", block, re.MULTILINE)]
+    return sum(int(size) << 10 for size in held)
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="this system does not tell what is mapped")

@@ -98,6 +98,8 @@ def test_the_entry_with_the_nearest_widths_of_the_same_type_serves() -> None:
 def test_threads_of_a_run_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert (threads_of("auto"), threads_of(5)) == (3, 5)
+    monkeypatch.setenv("OMP_NUM_THREADS", "10000")
+    assert threads_of() == 1024  # the most that the setting takes
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert threads_of("auto") == host.usable_cores()
 
